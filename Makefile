@@ -1,0 +1,24 @@
+# `make demo` and `make test` each set up what they need on a fresh machine; a second run is quick.
+VENV ?= .venv
+PYTHON ?= python3
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.ready
+	$(RUN) tests/demo.py
+
+test: $(VENV)/.ready lint
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile $(PYTEST_FLAGS)
+
+lint: $(VENV)/.ready
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+$(VENV)/.ready: requirements-lock.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --requirement requirements-lock.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache

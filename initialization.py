@@ -1,0 +1,166 @@
+"""A student built to a teacher's sizes, its mixers started from the teacher's attention.
+
+Softmax attention and the mixer share a shape: y_t = sum_s w(t, s) x_s with w from C_t . B_s. So queries become C,
+keys B, values x, and the output projection stays. What attention lacks is chosen so that the first forward pass is
+close to un-decayed linear attention and finite:
+
+* grouped queries: key and value heads are repeated, so that every head has its own B and x;
+* convolution: the identity (its last tap 1), with the biases of q, k and v as its bias;
+* gate: zero weights and z_bias = 1.2785, where silu is 1, so that the gate starts open and exactly neutral;
+* D: zero, since attention has no skip of its own;
+* C: queries times head_dim**-0.5, attention's own scale (`calibrate_mixers` fits a better one to real text);
+* A_log: it has no bias, so zero weights give a decay of 0.5 a token (softplus(0) = log 2). `calibrate_mixers` puts
+  a row along the mean of the layer's normalised inputs, which makes the decay slow on real text.
+"""
+
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from models import LlambaConfig, LlambaForCausalLM
+
+log = logging.getLogger(__name__)
+
+SILU_IS_ONE = 1.2784645427610738  # silu(z) = 1
+
+
+def student_config(teacher: Any) -> LlambaConfig:
+    """Llamba sizes for a teacher's configuration: N = head_dim, G = H = attention heads."""
+    heads = teacher.num_attention_heads
+    head_dim = getattr(teacher, "head_dim", None) or teacher.hidden_size // heads
+    inner = heads * head_dim
+    expand = inner // teacher.hidden_size if inner % teacher.hidden_size == 0 else inner / teacher.hidden_size
+    return LlambaConfig(
+        vocab_size=teacher.vocab_size,
+        d_model=teacher.hidden_size,
+        n_layer=teacher.num_hidden_layers,
+        tie_embeddings=teacher.tie_word_embeddings,
+        pad_vocab_size_multiple=1,
+        lm_head_bias=False,
+        norm_epsilon=teacher.rms_norm_eps,
+        mlp_cfg={
+            "intermediate_size": teacher.intermediate_size,
+            "bias": getattr(teacher, "mlp_bias", False),
+            "act_fn": teacher.hidden_act,
+        },
+        ssm_cfg={
+            "d_state": head_dim,
+            "n_v_heads": heads,
+            "n_qk_heads": heads,
+            "expand": expand,
+            "chunk_size": 128,
+            "activation": "identity",
+            "bias": False,
+        },
+        bos_token_id=teacher.bos_token_id,
+        eos_token_id=teacher.eos_token_id,
+        pad_token_id=teacher.pad_token_id,
+    )
+
+
+def student_from_teacher(
+    teacher: PreTrainedModel, *, dtype: torch.dtype, device: torch.device | str
+) -> LlambaForCausalLM:
+    """A student of the teacher's sizes with every mixer started from the teacher's attention of that layer."""
+    with torch.device(device):
+        student = LlambaForCausalLM(student_config(teacher.config)).to(dtype)
+    for index, layer in enumerate(student.backbone.layers):
+        start_mixer(layer.mixer, teacher.model.layers[index].self_attn, teacher.config)
+    return student
+
+
+@torch.no_grad()
+def start_mixer(mixer: nn.Module, attention: nn.Module, config: Any) -> None:
+    """Write one attention layer's projections into a mixer, as the module's docstring says.
+
+    q_proj [H*P, d], k_proj and v_proj [KV*P, d], o_proj [d, H*P] -> in_proj rows (x, B, C, z, A_log), out_proj.
+    """
+    heads = config.num_attention_heads
+    repeat = heads // config.num_key_value_heads
+    inner = attention.q_proj.weight.shape[0]
+    head_dim = inner // heads
+
+    def per_head(tensor: torch.Tensor) -> torch.Tensor:
+        grouped = tensor.unflatten(0, (config.num_key_value_heads, head_dim))
+        return grouped.repeat_interleave(repeat, 0).flatten(0, 1)
+
+    scale = head_dim**-0.5
+    weight = mixer.in_proj.weight
+    weight.zero_()
+    weight[:inner].copy_(per_head(attention.v_proj.weight))
+    weight[inner : 2 * inner].copy_(per_head(attention.k_proj.weight))
+    weight[2 * inner : 3 * inner].copy_(attention.q_proj.weight * scale)
+    mixer.conv1d.weight.zero_()
+    mixer.conv1d.weight[:, 0, -1] = 1.0
+    mixer.conv1d.bias.zero_()
+    if attention.q_proj.bias is not None:
+        biases = (per_head(attention.v_proj.bias), per_head(attention.k_proj.bias), attention.q_proj.bias * scale)
+        mixer.conv1d.bias.copy_(torch.cat(biases))
+    mixer.z_bias.fill_(SILU_IS_ONE)
+    mixer.D.zero_()
+    mixer.out_proj.weight.copy_(attention.o_proj.weight)
+
+
+def attention_inputs_and_outputs(
+    teacher: PreTrainedModel, tokens: torch.Tensor
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """(layer, normalised input, attention output) of every layer for tokens [b, t]; both tensors [b, t, d_model].
+
+    The teacher runs once with hooks; what is kept is one layer's pair at a time only on the caller's side, since
+    all pairs are collected first: use a few short sequences.
+    """
+    kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    handles = []
+    for index, layer in enumerate(teacher.model.layers):
+
+        def keep(module: nn.Module, args: Any, kwargs: Any, output: Any, index: int = index) -> None:
+            kept[index] = (kwargs["hidden_states"].detach(), output[0].detach())
+
+        handles.append(layer.self_attn.register_forward_hook(keep, with_kwargs=True))
+    try:
+        with torch.no_grad():
+            teacher.model(tokens, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for index in sorted(kept):
+        yield index, *kept[index]
+
+
+@torch.no_grad()
+def calibrate_mixers(
+    student: LlambaForCausalLM, teacher: PreTrainedModel, tokens: torch.Tensor, *, half_life: float = 64.0
+) -> dict[int, float]:
+    """Set each mixer's decay and the scale of its output on a few real sequences, tokens int64 [b, t].
+
+    A_log's rows lie along the mean m of the normalised inputs, so that A_log is about `softplus^-1(ln 2 /
+    half_life)` on average (`half_life` in tokens); C is scaled by the least-squares factor between the mixer's
+    output and the attention's. Returns the relative error of each mixer's output afterwards. Replaced layers take
+    no part.
+    """
+    target = math.log(math.expm1(math.log(2.0) / half_life))
+    errors: dict[int, float] = {}
+    for index, inputs, outputs in attention_inputs_and_outputs(teacher, tokens):
+        if index in student.config.attention_layers:
+            continue
+        mixer = student.backbone.layers[index].mixer
+        weight = mixer.in_proj.weight
+        inner, heads = mixer.d_inner, mixer.n_v_heads
+        u = inputs.to(weight.device, weight.dtype)
+        wanted = outputs.to(weight.device, torch.float32)
+        mean = inputs.to(weight.device).float().mean(dim=(0, 1))
+        weight[-heads:].copy_((target / mean.square().sum() * mean).expand(heads, -1))
+        given = mixer(u).float()
+        factor = (given * wanted).sum() / given.square().sum().clamp(min=1e-20)
+        queries = slice(2 * inner, 3 * inner)
+        weight[queries] *= factor
+        mixer.conv1d.bias[queries] *= factor
+        error = (mixer(u).float() - wanted).norm() / wanted.norm().clamp(min=1e-20)
+        errors[index] = error.item()
+    log.info("mixers calibrated: mean relative error %.3f", sum(errors.values()) / max(len(errors), 1))
+    return errors

@@ -1,0 +1,311 @@
+"""The two models and the surgery between them: load, transfer, replace, freeze, share.
+
+Order matters and is always the same (see `train.py`): the student is loaded or built, the teacher's weights are
+transferred, chosen layers are replaced by deep copies of the teacher's, parameters are frozen, and frozen tensors
+that equal the teacher's share its storage.
+"""
+
+import copy
+import logging
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from arguments import UserError
+from models import LlambaConfig, LlambaForCausalLM
+
+log = logging.getLogger(__name__)
+
+SUPPORTED_TEACHERS = ("llama", "mistral", "qwen2", "qwen3")
+FROM_TEACHER = "from_teacher"
+
+# Teacher tensor -> student tensor. `{i}` is the layer index. Every teacher tensor matches exactly one row.
+TRANSFER = {
+    "model.embed_tokens.weight": "backbone.embedding.weight",
+    "model.norm.weight": "backbone.final_layernorm.weight",
+    "lm_head.weight": "lm_head.weight",
+    "model.layers.{i}.input_layernorm.weight": "backbone.layers.{i}.input_layernorm.weight",
+    "model.layers.{i}.post_attention_layernorm.weight": "backbone.layers.{i}.post_attention_layernorm.weight",
+    "model.layers.{i}.mlp.gate_proj.weight": "backbone.layers.{i}.mlp.gate_proj.weight",
+    "model.layers.{i}.mlp.up_proj.weight": "backbone.layers.{i}.mlp.up_proj.weight",
+    "model.layers.{i}.mlp.down_proj.weight": "backbone.layers.{i}.mlp.down_proj.weight",
+    "model.layers.{i}.mlp.gate_proj.bias": "backbone.layers.{i}.mlp.gate_proj.bias",
+    "model.layers.{i}.mlp.up_proj.bias": "backbone.layers.{i}.mlp.up_proj.bias",
+    "model.layers.{i}.mlp.down_proj.bias": "backbone.layers.{i}.mlp.down_proj.bias",
+}
+# What a mixer layer has no place for. A replacement (a deep copy of the whole layer) brings these along.
+DROPPED = tuple(
+    f"model.layers.{{i}}.self_attn.{name}"
+    for name in (
+        *(f"{proj}_proj.{kind}" for proj in "qkvo" for kind in ("weight", "bias")),
+        "q_norm.weight",
+        "k_norm.weight",
+    )
+)
+
+
+def load_config(name: str, *, local_files_only: bool = False) -> Any:
+    """The configuration of a hub id or local folder; a `UserError` names what is missing."""
+    _require_model_folder(name)
+    try:
+        return AutoConfig.from_pretrained(name, local_files_only=local_files_only)
+    except (OSError, ValueError) as error:
+        raise UserError(_load_failure("configuration", name, local_files_only, error)) from error
+
+
+def get_tokenizer(name: str, *, local_files_only: bool = False) -> Any:
+    """The fast tokenizer of a hub id or local folder; a `UserError` names what is missing."""
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=local_files_only)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(_load_failure("tokenizer", name, local_files_only, error)) from error
+
+
+def check_teacher_config(config: Any, name: str) -> None:
+    """Raise a `UserError` unless the teacher is of an architecture that the transfer table covers."""
+    if config.model_type not in SUPPORTED_TEACHERS:
+        raise UserError(
+            f"--teacher_model {name}: architecture '{config.model_type}' is not supported; "
+            f"supported are {', '.join(SUPPORTED_TEACHERS)}"
+        )
+
+
+def get_teacher_model(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    attn_implementation: str = "sdpa",
+    local_files_only: bool = False,
+) -> PreTrainedModel:
+    """Load the teacher: frozen, in eval mode, without cache, in `dtype` on `device`.
+
+    Raises `UserError` for a folder without config or weights, or an architecture that is not supported.
+    """
+    check_teacher_config(load_config(name, local_files_only=local_files_only), name)
+    try:
+        teacher = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, attn_implementation=attn_implementation, local_files_only=local_files_only
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(_load_failure("teacher weights", name, local_files_only, error)) from error
+    return as_teacher(teacher.to(device))
+
+
+def as_teacher(model: PreTrainedModel) -> PreTrainedModel:
+    """Freeze a model and put it in eval mode without cache; returns the same model."""
+    model.requires_grad_(False)
+    model.eval()
+    model.config.use_cache = False
+    return model
+
+
+def get_student_model(
+    name: str,
+    teacher: PreTrainedModel,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    local_files_only: bool = False,
+) -> LlambaForCausalLM:
+    """Load the student from a hub id or folder, or build it to the teacher's sizes (`from_teacher`).
+
+    Raises `UserError` when the checkpoint is incomplete, has keys too few, too many or misshapen, or when its
+    vocabulary or sizes do not fit the teacher's.
+    """
+    if name == FROM_TEACHER:
+        from initialization import student_from_teacher
+
+        return student_from_teacher(teacher, dtype=dtype, device=device)
+    _require_model_folder(name)
+    try:
+        student = LlambaForCausalLM.load(name, dtype=dtype, local_files_only=local_files_only)
+    except (OSError, ValueError) as error:
+        raise UserError(_load_failure("student", name, local_files_only, error)) from error
+    check_pair(student.config, teacher.config, name)
+    return student.to(device)
+
+
+def check_pair(student: LlambaConfig, teacher: Any, name: str) -> None:
+    """Raise a `UserError` unless vocabulary, width, depth and MLP width of the two models agree."""
+    if student.vocab_size != teacher.vocab_size:
+        raise UserError(
+            f"--student_model {name}: its vocabulary has {student.vocab_size} entries, the teacher's "
+            f"{teacher.vocab_size}; distillation needs the same vocabulary"
+        )
+    sizes = {
+        "d_model/hidden_size": (student.d_model, teacher.hidden_size),
+        "n_layer/num_hidden_layers": (student.n_layer, teacher.num_hidden_layers),
+        "mlp_cfg.intermediate_size": (student.mlp_cfg["intermediate_size"], teacher.intermediate_size),
+    }
+    for field, (ours, theirs) in sizes.items():
+        if ours != theirs:
+            raise UserError(f"--student_model {name}: {field} is {ours}, but the teacher's is {theirs}")
+
+
+def check_layers(layers: Collection[int], n_layer: int) -> list[int]:
+    """Sorted, unique layer indices; negative ones are passed over, one out of range is a `UserError`."""
+    chosen = sorted({index for index in layers if index >= 0})
+    if chosen and chosen[-1] >= n_layer:
+        raise UserError(f"--layers {chosen[-1]}: the teacher has layers 0 to {n_layer - 1}")
+    return chosen
+
+
+def is_distilled(student: LlambaForCausalLM) -> bool:
+    """True for a checkpoint of this toolkit: its weights are already the student's own."""
+    return getattr(student.config, "teacher_model", None) is not None
+
+
+@torch.no_grad()
+def transfer_teacher_weights(
+    student: LlambaForCausalLM, teacher: PreTrainedModel, replaced: Collection[int] = ()
+) -> list[str]:
+    """Copy embedding, final norm, head, and each layer's norms and MLP from the teacher into the student.
+
+    Layers in `replaced` are passed over: `apply_replacements` brings them whole. Returns the names of the student
+    tensors that were written. Raises `UserError` if a teacher tensor is in neither table, if the student lacks the
+    place for one, or if shapes differ.
+    """
+    targets = dict(student.named_parameters(remove_duplicate=False))
+    written, dropped = [], []
+    for source, tensor in teacher_tensors(teacher):
+        pattern, layer = _pattern(source)
+        if layer in replaced:
+            continue
+        if pattern in DROPPED:
+            dropped.append(source)
+            continue
+        if pattern not in TRANSFER:
+            raise UserError(f"teacher tensor {source} has no place in the student and is not a known drop")
+        name = TRANSFER[pattern].format(i=layer)
+        if name not in targets or targets[name].shape != tensor.shape:
+            found = tuple(targets[name].shape) if name in targets else "nothing"
+            raise UserError(
+                f"teacher tensor {source} {tuple(tensor.shape)} does not fit {name} in the student: {found}"
+            )
+        targets[name].copy_(tensor)
+        written.append(name)
+    log.info(
+        "transferred %d tensors (embedding, final norm, head; norms and MLP of %d layers); "
+        "%d attention tensors have no place in a mixer layer",
+        len(written),
+        len({_pattern(name)[1] for name in written} - {None}),
+        len(dropped),
+    )
+    return written
+
+
+def teacher_tensors(teacher: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every teacher parameter by name, a tied head under `lm_head.weight` as well."""
+    yield from teacher.named_parameters(remove_duplicate=False)
+    named = dict(teacher.named_parameters(remove_duplicate=False))
+    if "lm_head.weight" not in named:
+        yield "lm_head.weight", named["model.embed_tokens.weight"]
+
+
+def apply_replacements(
+    student: LlambaForCausalLM, teacher: PreTrainedModel, layers: Collection[int]
+) -> LlambaForCausalLM:
+    """Put deep copies of the teacher's whole layers at `layers` and bind its rotary embedding to the student.
+
+    Works in place. The copies take the student's dtype and device and are trainable. Raises `UserError` for an
+    index that the teacher does not have.
+    """
+    chosen = check_layers(layers, teacher.config.num_hidden_layers)
+    weight = student.backbone.embedding.weight
+    copies = {}
+    for index in chosen:
+        layer = copy.deepcopy(teacher.model.layers[index]).to(device=weight.device, dtype=weight.dtype)
+        copies[index] = layer.requires_grad_(True).train(student.training)
+    rotary = copy.deepcopy(teacher.model.rotary_emb).to(weight.device)
+    student.set_attention_layers(copies, copy.deepcopy(teacher.config), rotary)
+    log.info("layers %s replaced by the teacher's own", " ".join(map(str, chosen)) or "none")
+    return student
+
+
+def freeze(student: LlambaForCausalLM, *, mlp: bool = False, replaced_layers: bool = False) -> tuple[int, int]:
+    """Freeze every MLP and/or every replaced layer; returns (trainable, frozen) parameter counts."""
+    for index, layer in enumerate(student.backbone.layers):
+        if mlp:
+            layer.mlp.requires_grad_(False)
+        if replaced_layers and index in student.config.attention_layers:
+            layer.requires_grad_(False)
+    trainable = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in student.parameters() if not p.requires_grad)
+    if not trainable:
+        raise UserError("--freeze_mlp, --freeze_replaced_layers and --layers leave nothing to train")
+    return trainable, frozen
+
+
+@torch.no_grad()
+def share_frozen_weights(student: LlambaForCausalLM, teacher: PreTrainedModel) -> int:
+    """Let frozen student tensors that equal the teacher's use its storage; returns the bytes saved.
+
+    Only frozen tensors of the same device, dtype and value: nothing trainable is ever shared, and the teacher's
+    tensors are never written to.
+    """
+    targets = {name: p for name, p in student.named_parameters() if not p.requires_grad}
+    saved = 0
+    for source, tensor in teacher_tensors(teacher):
+        pattern, layer = _pattern(source)
+        name = TRANSFER.get(pattern, pattern.replace("model.", "backbone.", 1)).format(i=layer)
+        mine = targets.get(name)
+        if mine is None or mine.data_ptr() == tensor.data_ptr():
+            continue
+        if mine.device == tensor.device and mine.dtype == tensor.dtype and torch.equal(mine, tensor):
+            mine.data = tensor.data
+            saved += tensor.numel() * tensor.element_size()
+    if saved:
+        log.info("frozen weights shared with the teacher: %.2f GiB held once", saved / 2**30)
+    return saved
+
+
+def frozen_names(student: nn.Module) -> set[str]:
+    """Names of the parameters that do not train: a checkpoint writes them once a run."""
+    return {name for name, p in student.named_parameters() if not p.requires_grad}
+
+
+def describe_parameters(student: nn.Module, teacher: nn.Module) -> str:
+    """One line with the sizes of both models, in billions of parameters."""
+    count = lambda m, only=None: sum(p.numel() for p in m.parameters() if only in (None, p.requires_grad)) / 1e9  # noqa: E731
+    return (
+        f"student {count(student):.3f}B parameters ({count(student, True):.3f}B trainable, "
+        f"{count(student, False):.3f}B frozen), teacher {count(teacher):.3f}B"
+    )
+
+
+def _pattern(name: str) -> tuple[str, int | None]:
+    """`model.layers.3.mlp.up_proj.weight` -> (`model.layers.{i}.mlp.up_proj.weight`, 3)."""
+    match = re.search(r"\.layers\.(\d+)\.", name)
+    if not match:
+        return name, None
+    return name.replace(f".layers.{match[1]}.", ".layers.{i}.", 1), int(match[1])
+
+
+def _require_model_folder(name: str) -> None:
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if folder.is_absolute() or name.startswith((".", "~")):
+            raise UserError(f"model folder {name} does not exist")
+        return
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model folder {name} has no config.json")
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+        raise UserError(f"model folder {name} has no weights (model.safetensors or pytorch_model.bin)")
+
+
+def _load_failure(what: str, name: str, local_files_only: bool, error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    if "gated" in text.lower() or "401" in text or "403" in text:
+        return (
+            f"{what} of {name}: the repository is gated; accept its licence on its page and log in with "
+            "'hf auth login' or set HF_TOKEN"
+        )
+    if local_files_only and not Path(name).is_dir():
+        return f"{what} of {name} is not in the cache, and --local_files_only forbids a download"
+    return f"{what} of {name} cannot be loaded: {text[:500]}"

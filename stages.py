@@ -1,0 +1,194 @@
+"""From flags to stages: which stages a run has, and for each its loader, micro step, optimizer and schedule."""
+
+import argparse
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from arguments import UserError
+from data import SourceSpec, build_loader, estimate_steps_per_epoch
+from models import LlambaForCausalLM
+from optimizer import build_optimizer, build_schedule
+from trainer import DeviceBatch, DistillationStep, Stage, kd_micro_step
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Models:
+    """The pair, its tokenizer, and how the student's parts are run."""
+
+    teacher: PreTrainedModel
+    student: LlambaForCausalLM
+    tokenizer: Any
+    device: torch.device
+    teacher_device: torch.device
+    dtype: torch.dtype
+
+
+def stage_names(args: argparse.Namespace) -> list[str]:
+    """The stages that the flags ask for, in their order."""
+    names = []
+    if args.matrix_tokens:
+        names.append("matrix")
+    if args.hidden_tokens:
+        names.append("hidden")
+    names.append("stage1")
+    if args.second_dataset_name and not args.skip_stage2:
+        names.append("stage2")
+    return names
+
+
+def source_spec(args: argparse.Namespace, name: str) -> SourceSpec:
+    """The text source of a stage: OpenHermes-like for stage 2, FineWeb-Edu-like for every other."""
+    shared = dict(
+        local_files_only=args.local_files_only,
+        on_bad_data=args.on_bad_data,
+        network_patience=args.network_patience,
+        shuffle_buffer=args.shuffle_buffer,
+    )
+    if name == "stage2":
+        return SourceSpec(
+            name=args.second_dataset_name,
+            split=args.second_dataset_split,
+            text_field=args.second_dataset_text_field,
+            subset="",
+            revision=None,
+            streaming=True,
+            **shared,
+        )
+    return SourceSpec(
+        name=args.dataset_name,
+        subset=args.dataset_subset,
+        split=args.dataset_split,
+        revision=args.dataset_revision,
+        text_field=args.dataset_text_field,
+        streaming=not args.no_dataset_streaming,
+        **shared,
+    )
+
+
+def make_loader(args: argparse.Namespace, name: str, tokenizer: Any, *, rank: int = 0, world_size: int = 1) -> Any:
+    """The loader of a stage; raises `UserError` if the source or its columns are not there, or it is empty."""
+    return build_loader(
+        source_spec(args, name),
+        tokenizer,
+        seq_length=args.matrix_seq_length if name == "matrix" else args.seq_length,
+        batch_size=args.batch_size,
+        rank=rank,
+        world_size=world_size,
+        seed=args.seed + (1 if name == "stage2" else 0),
+        epochs=args.epochs if name == "stage1" and args.epochs > 0 else None,
+        document_reset=args.document_reset,
+        pin_memory=args.device.startswith("cuda"),
+    )
+
+
+def total_steps(args: argparse.Namespace, name: str, tokenizer: Any, world_size: int = 1) -> int:
+    """Optimizer steps of a stage; for `--epochs` from the hint, or estimated by sampling."""
+    sequences = args.batch_size * args.grad_accumulation_steps * world_size
+    if name == "stage2":
+        return _steps(args.second_dataset_tokens * args.second_dataset_epochs, args.seq_length * sequences)
+    if name == "matrix":
+        return _steps(args.matrix_tokens, args.matrix_seq_length * sequences)
+    if name == "hidden":
+        return _steps(args.hidden_tokens, args.seq_length * sequences)
+    if args.epochs <= 0:
+        return args.max_steps
+    if args.epoch_step_hint:
+        return args.epoch_step_hint * args.epochs
+    per_epoch = estimate_steps_per_epoch(
+        source_spec(args, name), tokenizer, seq_length=args.seq_length, sequences_per_step=sequences
+    )
+    log.info("an epoch of %s is about %d optimizer steps (estimated by sampling)", args.dataset_name, per_epoch)
+    return max(1, per_epoch * args.epochs)
+
+
+def _steps(tokens: int, tokens_per_step: int) -> int:
+    return max(1, math.ceil(tokens / tokens_per_step))
+
+
+def build_stage(
+    args: argparse.Namespace, name: str, models: Models, loader: Any, total: int, world_size: int = 1
+) -> Stage:
+    """A fresh stage: optimizer and schedule of its own, ready for `trainer.run_stage`."""
+    micro_step, module, prepare = _micro_step(args, name, models)
+    rates = {"matrix": args.matrix_lr, "hidden": args.hidden_lr}
+    max_lr = rates.get(name, args.max_lr)
+    optimizer = build_optimizer(
+        args.optimizer,
+        module,
+        lr=max_lr,
+        weight_decay=args.weight_decay,
+        compile=compiles(args),
+    )
+    schedule = build_schedule(
+        optimizer,
+        total,
+        max_lr=max_lr,
+        min_lr=args.min_lr,
+        warmup_ratio=args.warmup_ratio,
+        decay_ratio=args.decay_ratio,
+    )
+    apart = models.device != models.teacher_device
+    return Stage(
+        name=name,
+        loader=loader,
+        micro_step=micro_step,
+        trainable=module,
+        optimizer=optimizer,
+        schedule=schedule,
+        total_steps=total,
+        accumulation=args.grad_accumulation_steps,
+        grad_clip=args.grad_clip,
+        device=models.device,
+        prepare=prepare if apart else None,
+        ahead=1 if apart else 0,
+        scaler=torch.amp.GradScaler(models.device.type) if models.dtype == torch.float16 else None,
+        open_ended=name == "stage1" and args.epochs > 0,
+        world_size=world_size,
+    )
+
+
+def compiles(args: argparse.Namespace) -> bool:
+    """torch.compile is on by default on CUDA and off on the CPU."""
+    return args.device.startswith("cuda") and not args.no_compile
+
+
+def _micro_step(args: argparse.Namespace, name: str, models: Models) -> tuple[Any, nn.Module, Any]:
+    if name in ("matrix", "hidden"):
+        raise UserError(f"--{name}_tokens: the {name} stage is not available")
+    forward = TeacherForward(models) if args.kl_weight > 0 else None
+    head = models.teacher.get_output_embeddings().weight.to(models.device) if forward else None
+    step = DistillationStep(
+        models.student,
+        head,
+        temperature=args.temperature,
+        kl_weight=args.kl_weight,
+        ce_weight=args.ce_weight,
+        compile=compiles(args),
+        autocast=torch.float16 if models.dtype == torch.float16 else None,
+    )
+    return kd_micro_step(step, forward), step, forward
+
+
+class TeacherForward:
+    """Runs the teacher's backbone for a batch and puts its hidden states beside it, on the student's device."""
+
+    def __init__(self, models: Models):
+        self.backbone = models.teacher.model
+        self.device, self.teacher_device = models.device, models.teacher_device
+
+    @torch.no_grad()
+    def __call__(self, batch: DeviceBatch) -> None:
+        inputs = batch.inputs.to(self.teacher_device, non_blocking=True)
+        positions = batch.position_ids
+        if positions is not None:
+            positions = positions.to(self.teacher_device, non_blocking=True)
+        hidden = self.backbone(inputs, position_ids=positions, use_cache=False).last_hidden_state
+        batch.teacher_hidden = hidden.to(self.device, non_blocking=True)

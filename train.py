@@ -1,0 +1,68 @@
+"""Distil a Llama teacher into a hybrid Mamba-2 student. `python train.py --help` lists every flag."""
+
+import logging
+import sys
+from collections.abc import Sequence
+
+from arguments import UserError, parse_arguments, validate
+
+log = logging.getLogger("train")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with command-line flags; returns the exit status.
+
+    0: finished. 2: a user's mistake, in one line. 3: out of memory. 4: training or its data broke down, with a
+    checkpoint of the last good state. 128+N: stopped by signal N, with a checkpoint.
+    """
+    args = parse_arguments(argv)
+    try:
+        validate(args)
+        return distill(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def distill(args) -> int:
+    """Parse -> build -> stages -> close."""
+    from pathlib import Path
+
+    import stages
+    from run_control import RunLock, StopSignals
+    from session import Session
+    from utils import check_device, seed_everything, setup_logging
+
+    setup_logging(args.log_file)
+    device, teacher_device = check_device(args.device), check_device(args.teacher_device or args.device)
+    seed_everything(args.seed)
+    with RunLock(Path(args.output_dir)), StopSignals() as signals:
+        session = Session(args, signals)
+        try:
+            if session.finished:
+                log.info("%s holds a finished run; nothing to do", args.output_dir)
+                return 0
+            session.models = stages.build_models(args, session.student_source, device, teacher_device)
+            for name in session.stages_left(stages.stage_names(args)):
+                if not run_one(args, session, name):
+                    return signals.exit_code
+            session.save_final()
+        finally:
+            session.close()
+        log.info("finished: %s", Path(args.output_dir) / "final")
+    return 0
+
+
+def run_one(args, session, name: str) -> bool:
+    """Build one stage and run it; False when a signal stopped it."""
+    import stages
+    from trainer import run_stage
+
+    stage = stages.build_stage(args, name, session.models)
+    session.enter(stage)
+    log.info("%s: %d optimizer steps", name, stage.total_steps)
+    return run_stage(stage, session.progress, session.services())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

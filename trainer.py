@@ -1,0 +1,445 @@
+"""The one training loop: `run_stage` drives every stage (matrix, hidden, and both KD stages) through its steps.
+
+The loop knows nothing of flags, W&B or file names. It is handed a `Stage` (what to do in a micro step, on which
+batches, with which optimizer and schedule), a `Progress` (where the run stands) and a `Services` (who is told).
+
+Words: a *micro step* is one forward/backward of one batch, an *optimizer step* one update after a *window* of
+`accumulation` micro steps. Nothing in a micro step makes the CPU wait for the GPU.
+"""
+
+import itertools
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from losses import KDTerms, chunked_kd_loss
+from optimizer import clip_and_step
+
+log = logging.getLogger(__name__)
+
+Sums = dict[str, torch.Tensor]
+
+
+class TooManyBadSteps(RuntimeError):
+    """`--max_bad_steps` optimizer steps in a row had a non-finite loss or gradient."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands: everything that a checkpoint must hold beside weights, optimizer and RNG."""
+
+    stage: str = ""
+    stage_step: int = 0  # optimizer steps done in this stage
+    stage_done: bool = False
+    stage_total: int = 0
+    optimizer_step: int = 0  # counted on through all stages
+    micro_step: int = 0
+    tokens: int = 0  # seq_length a sequence, all ranks, all stages
+    stage_tokens: int = 0
+    bad_steps: int = 0
+    bad_in_a_row: int = 0
+    best: dict[str, float] = field(default_factory=dict)
+    loader: dict[str, Any] = field(default_factory=dict)  # loader state at the next window's start
+    meter: dict[str, float] = field(default_factory=dict)  # sums since the last log line
+
+    def begin(self, stage: str, total: int) -> None:
+        """Enter a stage anew: its counters start at 0, the run's go on."""
+        self.stage, self.stage_step, self.stage_done, self.stage_total = stage, 0, False, total
+        self.stage_tokens, self.loader, self.meter = 0, {}, {}
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Stage:
+    """One run of the loop over one data source."""
+
+    name: str
+    loader: Any  # yields data.Batch; has state_dict() and waited_seconds
+    micro_step: Callable[["DeviceBatch", torch.Tensor], Sums]  # forward and backward; detached sums
+    trainable: nn.Module  # holds the parameters that the optimizer updates
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+    total_steps: int
+    accumulation: int = 1
+    grad_clip: float = 1.0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    prepare: Callable[["DeviceBatch"], None] | None = None  # starts work for a batch ahead of its micro step
+    ahead: int = 0  # batches prepared before their turn (1 with a teacher on a device of its own)
+    scaler: Any = None  # torch.amp.GradScaler under float16
+    open_ended: bool = False  # the loader's end, not total_steps, ends the stage (--epochs)
+    world_size: int = 1
+    reduce_sums: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums  # over ranks
+    synchronise: Callable[[bool], None] = lambda last: None  # gradients are reduced in the last micro step
+    finish_gradients: Callable[[], None] = lambda: None  # before clipping: reduce what no wrapper reduces
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.trainable.parameters() if p.requires_grad]
+
+
+@dataclass
+class Services:
+    """Who is told what: the loop calls these and knows nothing of what is behind them."""
+
+    log_metrics: Callable[[Progress, dict[str, Any]], None]
+    save: Callable[[Progress, Stage], Any]
+    save_due: Callable[[Progress, int], bool] = lambda progress, micro_steps: False
+    stop_requested: Callable[[], bool] = lambda: False
+    save_requested: Callable[[], bool] = lambda: False
+    evaluate: Callable[[Progress], dict[str, float]] | None = None
+    diagnose: Callable[[Progress], dict[str, float]] | None = None
+    log_interval: int = 1
+    eval_interval: int = 0
+    diagnostics_interval: int = 0
+    max_bad_steps: int = 10
+    save_before_raising: tuple[type[BaseException], ...] = (TooManyBadSteps,)
+
+
+@dataclass
+class DeviceBatch:
+    """A `data.Batch` on the student's device, with what `Stage.prepare` has put beside it."""
+
+    inputs: torch.Tensor  # int64 [b, t]
+    labels: torch.Tensor  # int64 [b, t]
+    valid: torch.Tensor  # bool [b, t]
+    position_ids: torch.Tensor | None  # int64 [b, t]
+    document_ids: list[str]
+    loader_state: dict[str, Any]  # the loader's state after this batch
+    teacher_hidden: torch.Tensor | None = None  # [b, t, d]
+    extra: Any = None
+
+
+class DistillationStep(nn.Module):
+    """Student forward and loss as one module, so that DDP and FSDP2 see one forward with every parameter in it."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher_head: torch.Tensor | None,
+        *,
+        temperature: float = 1.0,
+        kl_weight: float = 1.0,
+        ce_weight: float = 0.0,
+        accumulate_head_in_place: bool = True,
+        compile: bool = False,
+        autocast: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.student = student
+        self.teacher_head = [teacher_head]  # in a list: no parameter or buffer of this module
+        self.options = dict(
+            temperature=temperature, kl_weight=kl_weight, ce_weight=ce_weight, compile=compile
+        )
+        self.accumulate_head_in_place = accumulate_head_in_place
+        self.autocast = autocast
+
+    def forward(
+        self,
+        inputs: torch.Tensor,
+        labels: torch.Tensor,
+        valid: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        teacher_hidden: torch.Tensor | None,
+        grad_scale: torch.Tensor,
+    ) -> KDTerms:
+        """Loss terms of one batch (see `losses.chunked_kd_loss`); inputs, labels int64 [b, t]."""
+        with torch.autocast(inputs.device.type, self.autocast, enabled=self.autocast is not None):
+            hidden = self.student.backbone(inputs, position_ids=position_ids).last_hidden_state
+        head = self.student.lm_head.weight
+        return chunked_kd_loss(
+            hidden,
+            head,
+            teacher_hidden,
+            self.teacher_head[0],
+            labels,
+            valid,
+            grad_scale=grad_scale,
+            head_grad=self._head_gradient(head),
+            **self.options,
+        )
+
+    def _head_gradient(self, head: nn.Parameter) -> torch.Tensor | None:
+        """The head's float32 gradient, accumulated in place; None leaves it to autograd (tied or distributed)."""
+        tied = head is self.student.backbone.embedding.weight
+        if not (head.requires_grad and self.accumulate_head_in_place) or tied or not torch.is_grad_enabled():
+            return None
+        if head.grad is None:
+            if head.dtype != torch.float32:
+                head.grad_dtype = torch.float32
+            head.grad = torch.zeros_like(head, dtype=torch.promote_types(head.dtype, torch.float32))
+        return head.grad
+
+
+def kd_micro_step(step: nn.Module, teacher_forward: Callable[[DeviceBatch], None] | None):
+    """The micro step of the KD stages: teacher forward (unless it ran ahead), student forward, loss, backward."""
+
+    def micro_step(batch: DeviceBatch, grad_scale: torch.Tensor) -> Sums:
+        if teacher_forward is not None and batch.teacher_hidden is None:
+            teacher_forward(batch)
+        terms = step(
+            batch.inputs, batch.labels, batch.valid, batch.position_ids, batch.teacher_hidden, grad_scale
+        )
+        terms.loss.backward()
+        return {
+            "loss": terms.loss_sum,
+            "kl": terms.kl_sum,
+            "ce": terms.ce_sum,
+            "top1_agreement": terms.agree_sum,
+        }
+
+    return micro_step
+
+
+def feed(stage: Stage) -> Iterator[DeviceBatch]:
+    """Batches on the stage's device, `stage.ahead` of them prepared before their turn.
+
+    Each carries the loader's state after it, so that looking ahead never moves a checkpoint's position.
+    """
+    queue: deque[DeviceBatch] = deque()
+    pin = stage.device.type == "cuda"
+    for batch in stage.loader:
+        queue.append(to_device(batch, stage.device, stage.loader.state_dict(), non_blocking=pin))
+        if stage.prepare is not None:
+            stage.prepare(queue[-1])
+        if len(queue) > stage.ahead:
+            yield queue.popleft()
+    yield from queue
+
+
+def to_device(batch: Any, device: torch.device, state: dict[str, Any], *, non_blocking: bool) -> DeviceBatch:
+    """A `data.Batch` as inputs, labels and masks on `device`; copies do not block when the source is pinned."""
+    tokens = batch.tokens.to(device, non_blocking=non_blocking)
+    positions = batch.position_ids
+    return DeviceBatch(
+        inputs=tokens[:, :-1],
+        labels=tokens[:, 1:],
+        valid=batch.valid.to(device, non_blocking=non_blocking),
+        position_ids=None if positions is None else positions.to(device, non_blocking=non_blocking),
+        document_ids=batch.document_ids,
+        loader_state=state,
+    )
+
+
+def windows(batches: Iterable[DeviceBatch], size: int) -> Iterator[list[DeviceBatch]]:
+    """Group micro batches into optimizer steps; the last window of a pass may be shorter."""
+    iterator = iter(batches)
+    while window := list(itertools.islice(iterator, size)):
+        yield window
+
+
+def run_stage(stage: Stage, progress: Progress, services: Services) -> bool:
+    """Run one stage to its end; returns False when a signal stopped it early (after saving).
+
+    Loss and gradients of an optimizer step are means over the valid tokens of its whole window, on all ranks.
+    A step with a non-finite loss or gradient leaves the weights as they are and is counted. Raises
+    `TooManyBadSteps` after `services.max_bad_steps` of them in a row, with a checkpoint of the last good state.
+    """
+    meter = Meter(progress, stage)
+    watch = BadStepWatch(progress, services.max_bad_steps)
+    parameters = stage.parameters()
+    batches = feed(stage)
+    try:
+        for window in windows(batches, stage.accumulation) if not _finished(stage, progress) else ():
+            sums = accumulate(stage, window, services.stop_requested)
+            if sums is None:  # a signal in mid-window: its partial gradients are dropped
+                break
+            stage.finish_gradients()
+            norm, bad = clip_and_step(stage.optimizer, parameters, stage.grad_clip, scaler=stage.scaler)
+            rate = stage.schedule.get_last_lr()[0]
+            stage.schedule.step()
+            stage.optimizer.zero_grad(set_to_none=True)
+            _advance(progress, stage, window)
+            meter.add(sums, norm, bad, rate)
+            watch.push(bad, window)
+            if progress.optimizer_step % services.log_interval == 0:
+                services.log_metrics(progress, meter.read())
+            _periodic(services, progress)
+            if services.stop_requested() or _finished(stage, progress):
+                break
+            if services.save_due(progress, len(window)) or services.save_requested():
+                _save(stage, progress, services, meter, watch)
+        watch.flush()
+    except services.save_before_raising:
+        stage.optimizer.zero_grad(set_to_none=True)
+        _save(stage, progress, services, meter, None)
+        raise
+    finally:
+        batches.close()
+    stage.optimizer.zero_grad(set_to_none=True)
+    progress.stage_done = _finished(stage, progress) or not services.stop_requested()
+    if progress.stage_done and meter.steps:
+        services.log_metrics(progress, meter.read())
+    _save(stage, progress, services, meter, watch)
+    return progress.stage_done
+
+
+def accumulate(stage: Stage, window: list[DeviceBatch], stop: Callable[[], bool]) -> Sums | None:
+    """Forward and backward of one window; returns its summed figures, or None when asked to stop within it."""
+    tokens = torch.stack([batch.valid.sum() for batch in window]).sum().float()
+    scale = 1.0 / stage.reduce_sums(tokens).clamp(min=1.0)
+    if stage.scaler is not None:
+        scale = scale * stage.scaler.scale(torch.ones_like(scale))
+    total: Sums = {"tokens": tokens}
+    for index, batch in enumerate(window):
+        if stop():
+            return None
+        stage.synchronise(index == len(window) - 1)
+        for name, value in stage.micro_step(batch, scale).items():
+            total[name] = total[name] + value if name in total else value
+    return total
+
+
+class Meter:
+    """Means over the optimizer steps since the last log line; sums stay on the device until they are read."""
+
+    def __init__(self, progress: Progress, stage: Stage):
+        self.progress, self.stage = progress, stage
+        self.sums: dict[str, torch.Tensor | float] = dict(progress.meter)
+        self.rate = 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        self.since = time.perf_counter()
+        self.waited = self.stage.loader.waited_seconds
+        self.steps = 0
+        self.first_tokens = self.progress.tokens
+
+    def add(self, sums: Sums, norm: torch.Tensor, bad: torch.Tensor, rate: float) -> None:
+        step = {**sums, "grad_norm": norm, "bad": bad, "steps": torch.ones_like(norm)}
+        for name, value in step.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().double()
+        self.rate = rate
+        self.steps += 1
+
+    def totals(self) -> dict[str, float]:
+        """The sums as plain numbers (waits for the device), so that a checkpoint can hold them."""
+        names = list(self.sums)
+        values = [torch.as_tensor(self.sums[name], dtype=torch.float64) for name in names]
+        if values:
+            device = next((value.device for value in values if value.device.type != "cpu"), values[0].device)
+            values = torch.stack([value.to(device) for value in values]).tolist()
+        self.sums = dict(zip(names, values))
+        return dict(self.sums)
+
+    def read(self) -> dict[str, Any]:
+        """The figures of a log line; starts the next interval."""
+        shared = [name for name in self.sums if name not in ("grad_norm", "bad", "steps")]
+        if self.stage.world_size > 1:
+            stacked = torch.stack([torch.as_tensor(self.sums[name]).to(self.stage.device) for name in shared])
+            self.sums |= dict(zip(shared, self.stage.reduce_sums(stacked).unbind()))
+        sums = self.totals()
+        tokens, steps = max(sums["tokens"], 1.0), max(sums["steps"], 1.0)
+        elapsed = time.perf_counter() - self.since
+        figures = {f"train/{name}": sums[name] / tokens for name in shared if name != "tokens"}
+        done, total = self.progress.stage_step, self.progress.stage_total
+        seconds = elapsed / max(self.steps, 1)
+        figures |= {
+            "train/grad_norm": sums["grad_norm"] / steps,
+            "train/lr": self.rate,
+            "train/tokens": self.progress.tokens,
+            "train/optimizer_step": self.progress.optimizer_step,
+            "train/tokens_per_second": (self.progress.tokens - self.first_tokens) / max(elapsed, 1e-9),
+            "train/bad_steps": self.progress.bad_steps,
+            "perf/step_seconds": seconds,
+            "perf/eta_seconds": max(total - done, 0) * seconds,
+            "perf/peak_memory_gib": peak_memory_gib(self.stage.device),
+            "data/wait_seconds": (self.stage.loader.waited_seconds - self.waited) / max(self.steps, 1),
+            "stage": self.progress.stage,
+            "stage_step": done,
+            "stage_total": total,
+        }
+        self.sums = {}
+        self.restart()
+        return figures
+
+
+class BadStepWatch:
+    """Counts skipped updates. On a GPU the flag is read one step late, so that the CPU never waits for it."""
+
+    def __init__(self, progress: Progress, limit: int):
+        self.progress, self.limit = progress, limit
+        self.pending: tuple[torch.Tensor, Any, int, list[str]] | None = None
+
+    def push(self, bad: torch.Tensor, window: list[DeviceBatch]) -> None:
+        documents = sorted({name for batch in window for name in batch.document_ids})
+        self.flush()
+        event = None
+        if bad.device.type == "cuda":
+            bad = bad.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self.pending = (bad, event, self.progress.optimizer_step, documents)
+        if event is None:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.pending is None:
+            return
+        bad, event, step, documents = self.pending
+        self.pending = None
+        if event is not None:
+            event.synchronize()
+        if not bool(bad):
+            self.progress.bad_in_a_row = 0
+            return
+        self.progress.bad_steps += 1
+        self.progress.bad_in_a_row += 1
+        names = ", ".join(documents[:8]) + (f" and {len(documents) - 8} more" if len(documents) > 8 else "")
+        log.warning("step %d: non-finite loss or gradient, update skipped; documents: %s", step, names)
+        if self.progress.bad_in_a_row >= self.limit:
+            raise TooManyBadSteps(
+                f"{self.limit} optimizer steps in a row had a non-finite loss or gradient, the last one step {step}; "
+                "try a lower --max_lr, a smaller --grad_clip or --dtype float32"
+            )
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory in GiB: allocated on a CUDA device, resident set of the process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _advance(progress: Progress, stage: Stage, window: list[DeviceBatch]) -> None:
+    progress.optimizer_step += 1
+    progress.stage_step += 1
+    progress.micro_step += len(window)
+    tokens = sum(batch.inputs.numel() for batch in window) * stage.world_size
+    progress.tokens += tokens
+    progress.stage_tokens += tokens
+    progress.loader = window[-1].loader_state
+
+
+def _finished(stage: Stage, progress: Progress) -> bool:
+    return not stage.open_ended and progress.stage_step >= stage.total_steps
+
+
+def _periodic(services: Services, progress: Progress) -> None:
+    """Evaluation and diagnostics, each at its own interval of optimizer steps."""
+    step = progress.optimizer_step
+    if services.evaluate is not None and services.eval_interval and step % services.eval_interval == 0:
+        services.log_metrics(progress, services.evaluate(progress))
+    if services.diagnose is not None and services.diagnostics_interval:
+        if step % services.diagnostics_interval == 0:
+            services.log_metrics(progress, services.diagnose(progress))
+
+
+def _save(
+    stage: Stage, progress: Progress, services: Services, meter: Meter, watch: BadStepWatch | None
+) -> None:
+    if watch is not None:
+        watch.flush()
+    progress.meter = meter.totals()
+    if math.isnan(sum(progress.meter.values(), 0.0)):
+        log.warning("step %d: the figures since the last log line hold a non-finite value", progress.optimizer_step)
+    services.save(progress, stage)
