@@ -272,11 +272,10 @@ def frozen_names(student: nn.Module) -> set[str]:
 
 def describe_parameters(student: nn.Module, teacher: nn.Module) -> str:
     """One line with the sizes of both models, in billions of parameters."""
-    count = lambda m, only=None: sum(p.numel() for p in m.parameters() if only in (None, p.requires_grad)) / 1e9  # noqa: E731
-    return (
-        f"student {count(student):.3f}B parameters ({count(student, True):.3f}B trainable, "
-        f"{count(student, False):.3f}B frozen), teacher {count(teacher):.3f}B"
-    )
+    trainable = sum(p.numel() for p in student.parameters() if p.requires_grad) / 1e9
+    total = sum(p.numel() for p in student.parameters()) / 1e9
+    teacher_total = sum(p.numel() for p in teacher.parameters()) / 1e9
+    return f"student {total:.3f}B parameters, {trainable:.3f}B of them trainable; teacher {teacher_total:.3f}B"
 
 
 def _pattern(name: str) -> tuple[str, int | None]:

@@ -22,7 +22,7 @@ from checkpoints import (
 )
 from model_utils import frozen_names
 from run_control import SaveClock, StopSignals, mask_secrets
-from stages import Models
+from stages import Models, total_steps
 from text_sources import DataStreamLost
 from trainer import Progress, Services, Stage, TooManyBadSteps
 from utils import Tracker, format_line, library_versions
@@ -86,8 +86,14 @@ class Session:
         if not self.progress.stage:
             return names
         if self.progress.stage not in names:
-            raise UserError(f"--resume: the checkpoint stands in stage {self.progress.stage}, which the flags leave out")
+            raise UserError(f"--resume: the checkpoint stands in {self.progress.stage}, which the flags leave out")
         return names[names.index(self.progress.stage) + self.progress.stage_done :]
+
+    def total_steps(self, name: str, tokenizer: Any) -> int:
+        """Optimizer steps of a stage; an interrupted stage keeps the number that it began with."""
+        if self.progress.stage == name and self.trainer_state:
+            return self.progress.stage_total
+        return total_steps(self.args, name, tokenizer)
 
     def enter(self, stage: Stage) -> None:
         """Begin a stage anew, or put an interrupted one back where it stood."""
@@ -112,7 +118,7 @@ class Session:
             self.progress.optimizer_step = self.progress.stage_step = self.args.resume_step
             for _ in range(self.args.resume_step):
                 stage.schedule.step()
-            log.warning("--resume_step %d aligns the log and the schedule only; data starts anew", self.args.resume_step)
+            log.warning("--resume_step aligns the log and the schedule only; data starts anew")
 
     def services(self) -> Services:
         args = self.args
@@ -195,5 +201,3 @@ class Session:
         """Wait for the checkpoint in flight and close the tracker."""
         self.store.wait()
         self.tracker.close()
-
-

@@ -12,11 +12,30 @@ from transformers import PreTrainedModel
 
 from arguments import UserError
 from data import SourceSpec, build_loader, estimate_steps_per_epoch
+from initialization import calibrate_mixers
+from model_utils import (
+    FROM_TEACHER,
+    apply_replacements,
+    check_layers,
+    check_pair,
+    check_teacher_config,
+    describe_parameters,
+    freeze,
+    get_student_model,
+    get_teacher_model,
+    get_tokenizer,
+    is_distilled,
+    load_config,
+    share_frozen_weights,
+    transfer_teacher_weights,
+)
 from models import LlambaForCausalLM
 from optimizer import build_optimizer, build_schedule
 from trainer import DeviceBatch, DistillationStep, Stage, kd_micro_step
 
 log = logging.getLogger(__name__)
+
+CALIBRATION_SEQUENCES = 4
 
 
 @dataclass
@@ -29,6 +48,62 @@ class Models:
     device: torch.device
     teacher_device: torch.device
     dtype: torch.dtype
+
+
+def check_inputs(args: argparse.Namespace, student_source: str) -> Any:
+    """Everything that can be wrong with the models, found from their configurations alone; returns the tokenizer."""
+    local = args.local_files_only
+    teacher = load_config(args.teacher_model, local_files_only=local)
+    check_teacher_config(teacher, args.teacher_model)
+    longest = teacher.max_position_embeddings
+    if args.seq_length > longest:
+        raise UserError(f"--seq_length {args.seq_length}: the teacher has {longest} positions; use at most that many")
+    if student_source != FROM_TEACHER:
+        check_pair(load_config(student_source, local_files_only=local), teacher, student_source)
+    check_layers(args.layers, teacher.num_hidden_layers)
+    return get_tokenizer(args.teacher_model, local_files_only=local)
+
+
+def build_models(args: argparse.Namespace, student_source: str, tokenizer: Any, devices: Any) -> Models:
+    """Load the pair and do the surgery, unless the student is a checkpoint that already had it."""
+    device, teacher_device = devices
+    dtype = getattr(torch, args.dtype)
+    local = args.local_files_only
+    teacher = get_teacher_model(
+        args.teacher_model,
+        dtype=dtype,
+        device=teacher_device,
+        attn_implementation=args.attn_implementation,
+        local_files_only=local,
+    )
+    parameter_dtype = torch.float32 if dtype == torch.float16 else dtype
+    student = get_student_model(student_source, teacher, dtype=parameter_dtype, device=device, local_files_only=local)
+    if is_distilled(student):
+        log.info("%s is a distilled student: its weights and layers are kept as they are", student_source)
+    else:
+        layers = check_layers(args.layers, teacher.config.num_hidden_layers)
+        transfer_teacher_weights(student, teacher, replaced=layers)
+        apply_replacements(student, teacher, layers)
+        student.config.teacher_model = args.teacher_model
+        if student_source == FROM_TEACHER:
+            calibrate_mixers(student, teacher, calibration_tokens(args, tokenizer).to(teacher_device))
+    freeze(student, mlp=args.freeze_mlp, replaced_layers=args.freeze_replaced_layers)
+    share_frozen_weights(student, teacher)
+    student.train()
+    log.info(describe_parameters(student, teacher))
+    return Models(teacher, student, tokenizer, device, teacher_device, dtype)
+
+
+def calibration_tokens(args: argparse.Namespace, tokenizer: Any) -> torch.Tensor:
+    """A few sequences of the first stage's own text, int64 [CALIBRATION_SEQUENCES, seq_length]."""
+    loader = make_loader(args, stage_names(args)[0], tokenizer)
+    rows: list[torch.Tensor] = []
+    for batch in loader:
+        rows.extend(batch.tokens[:, :-1])
+        if len(rows) >= CALIBRATION_SEQUENCES:
+            break
+    loader.close()
+    return torch.stack(rows[:CALIBRATION_SEQUENCES])
 
 
 def stage_names(args: argparse.Namespace) -> list[str]:

@@ -31,37 +31,34 @@ def distill(args) -> int:
     import stages
     from run_control import RunLock, StopSignals
     from session import Session
+    from trainer import run_stage
     from utils import check_device, seed_everything, setup_logging
 
     setup_logging(args.log_file)
-    device, teacher_device = check_device(args.device), check_device(args.teacher_device or args.device)
+    devices = check_device(args.device), check_device(args.teacher_device or args.device)
     seed_everything(args.seed)
     with RunLock(Path(args.output_dir)), StopSignals() as signals:
         session = Session(args, signals)
         try:
             if session.finished:
-                log.info("%s holds a finished run; nothing to do", args.output_dir)
+                log.info("%s holds a finished run: nothing to do", args.output_dir)
                 return 0
-            session.models = stages.build_models(args, session.student_source, device, teacher_device)
-            for name in session.stages_left(stages.stage_names(args)):
-                if not run_one(args, session, name):
+            tokenizer = stages.check_inputs(args, session.student_source)
+            names = session.stages_left(stages.stage_names(args))
+            loaders = {name: stages.make_loader(args, name, tokenizer) for name in names}
+            session.models = stages.build_models(args, session.student_source, tokenizer, devices)
+            for name in names:
+                total = session.total_steps(name, tokenizer)
+                stage = stages.build_stage(args, name, session.models, loaders[name], total)
+                session.enter(stage)
+                log.info("%s: %d optimizer steps", name, stage.total_steps)
+                if not run_stage(stage, session.progress, session.services()):
                     return signals.exit_code
             session.save_final()
         finally:
             session.close()
         log.info("finished: %s", Path(args.output_dir) / "final")
     return 0
-
-
-def run_one(args, session, name: str) -> bool:
-    """Build one stage and run it; False when a signal stopped it."""
-    import stages
-    from trainer import run_stage
-
-    stage = stages.build_stage(args, name, session.models)
-    session.enter(stage)
-    log.info("%s: %d optimizer steps", name, stage.total_steps)
-    return run_stage(stage, session.progress, session.services())
 
 
 if __name__ == "__main__":

@@ -135,9 +135,7 @@ class DistillationStep(nn.Module):
         super().__init__()
         self.student = student
         self.teacher_head = [teacher_head]  # in a list: no parameter or buffer of this module
-        self.options = dict(
-            temperature=temperature, kl_weight=kl_weight, ce_weight=ce_weight, compile=compile
-        )
+        self.options = dict(temperature=temperature, kl_weight=kl_weight, ce_weight=ce_weight, compile=compile)
         self.accumulate_head_in_place = accumulate_head_in_place
         self.autocast = autocast
 
@@ -184,9 +182,7 @@ def kd_micro_step(step: nn.Module, teacher_forward: Callable[[DeviceBatch], None
     def micro_step(batch: DeviceBatch, grad_scale: torch.Tensor) -> Sums:
         if teacher_forward is not None and batch.teacher_hidden is None:
             teacher_forward(batch)
-        terms = step(
-            batch.inputs, batch.labels, batch.valid, batch.position_ids, batch.teacher_hidden, grad_scale
-        )
+        terms = step(batch.inputs, batch.labels, batch.valid, batch.position_ids, batch.teacher_hidden, grad_scale)
         terms.loss.backward()
         return {
             "loss": terms.loss_sum,
@@ -429,14 +425,12 @@ def _periodic(services: Services, progress: Progress) -> None:
     step = progress.optimizer_step
     if services.evaluate is not None and services.eval_interval and step % services.eval_interval == 0:
         services.log_metrics(progress, services.evaluate(progress))
-    if services.diagnose is not None and services.diagnostics_interval:
-        if step % services.diagnostics_interval == 0:
-            services.log_metrics(progress, services.diagnose(progress))
+    interval = services.diagnostics_interval
+    if services.diagnose is not None and interval and step % interval == 0:
+        services.log_metrics(progress, services.diagnose(progress))
 
 
-def _save(
-    stage: Stage, progress: Progress, services: Services, meter: Meter, watch: BadStepWatch | None
-) -> None:
+def _save(stage: Stage, progress: Progress, services: Services, meter: Meter, watch: BadStepWatch | None) -> None:
     if watch is not None:
         watch.flush()
     progress.meter = meter.totals()
