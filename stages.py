@@ -164,6 +164,21 @@ def make_loader(args: argparse.Namespace, name: str, tokenizer: Any, *, rank: in
     )
 
 
+def held_out_batches(args: argparse.Namespace, name: str, tokenizer: Any) -> Any:
+    """One unshuffled pass over a held-out source; the same batches every time it is made."""
+    spec = SourceSpec(
+        name=name,
+        subset=args.dataset_subset,
+        split=args.dataset_split,
+        revision=None,
+        text_field=args.dataset_text_field,
+        streaming=True,
+        shuffle_buffer=0,
+        local_files_only=args.local_files_only,
+    )
+    return build_loader(spec, tokenizer, seq_length=args.seq_length, batch_size=args.batch_size, epochs=1)
+
+
 def total_steps(args: argparse.Namespace, name: str, tokenizer: Any, world_size: int = 1) -> int:
     """Optimizer steps of a stage; for `--epochs` from the hint, or estimated by sampling."""
     sequences = args.batch_size * args.grad_accumulation_steps * world_size
