@@ -1,0 +1,420 @@
+"""The Llamba student: Mamba-2 mixers in a Llama's residual stack, with attention at chosen layers.
+
+Shapes: b batch, t time, d d_model, I d_inner, H x-heads, G B/C-heads, P = I / H, N state size, K convolution width.
+A checkpoint carries this file, `configuration_llamba.py` and `state_space.py`, so that it loads anywhere.
+"""
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .configuration_llamba import LlambaConfig
+from .state_space import decay_dtype, ssd_chunked, ssd_step
+
+CONV_WIDTH = 4
+
+
+class MixerState(CacheLayerMixin):
+    """A mixer's constant-size cache: `keys` the last K-1 inputs of the convolution, `values` the state.
+
+    Held under the names that transformers' cache layers use, so that reordering (beam search), offloading and
+    resetting are transformers' own.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cumulative_length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values, self.is_initialized = key_states, value_states, True
+        self.dtype, self.device = key_states.dtype, key_states.device
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Replace the convolution's inputs [b, K-1, I+2GN] and the state [b, H, N, P]."""
+        self.lazy_initialization(key_states, value_states)
+        return key_states, value_states
+
+    def get_seq_length(self, *args: Any) -> int:
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        length = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.cumulative_length + length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.keys, self.values = (s.repeat_interleave(repeats, dim=0) for s in (self.keys, self.values))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.keys, self.values = self.keys[indices], self.values[indices]
+
+
+class LlambaRMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, computed in float32 or better."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        wide = hidden.to(decay_dtype(hidden.dtype))
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(hidden.dtype)
+
+
+class LlambaMLP(nn.Module):
+    """SwiGLU: down(act(gate(u)) * up(u))."""
+
+    def __init__(self, config: LlambaConfig):
+        super().__init__()
+        width, bias = config.mlp_cfg["intermediate_size"], config.mlp_cfg["bias"]
+        self.gate_proj = nn.Linear(config.d_model, width, bias=bias)
+        self.up_proj = nn.Linear(config.d_model, width, bias=bias)
+        self.down_proj = nn.Linear(width, config.d_model, bias=bias)
+        self.act_fn = ACT2FN[config.mlp_cfg["act_fn"]]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class LlambaMixer(nn.Module):
+    """Discrete Mamba-2: in_proj -> causal convolution -> state-space operator -> gate -> out_proj."""
+
+    def __init__(self, config: LlambaConfig):
+        super().__init__()
+        ssm = config.ssm_cfg
+        self.d_inner, self.d_state, self.chunk_size = config.d_inner, ssm["d_state"], ssm["chunk_size"]
+        self.n_v_heads, self.n_qk_heads = ssm["n_v_heads"], ssm["n_qk_heads"]
+        self.d_head = self.d_inner // self.n_v_heads
+        self.d_conv = self.d_inner + 2 * self.n_qk_heads * self.d_state
+        width = self.d_conv + self.d_inner + self.n_v_heads
+        self.in_proj = nn.Linear(config.d_model, width, bias=ssm["bias"])
+        self.z_bias = nn.Parameter(torch.zeros(self.d_inner))
+        self.conv1d = nn.Conv1d(self.d_conv, self.d_conv, CONV_WIDTH, groups=self.d_conv, bias=True)
+        self.D = nn.Parameter(torch.ones(self.n_v_heads))
+        self.out_proj = nn.Linear(self.d_inner, config.d_model, bias=ssm["bias"])
+        self.activation = nn.Identity() if ssm["activation"] == "identity" else ACT2FN[ssm["activation"]]
+
+    def project(
+        self, u: Tensor, resets: Tensor | None = None, mask: Tensor | None = None, past: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """x [b,t,H,P], B and C [b,t,G,N], A_log [b,t,H], z [b,t,I], and the convolution's inputs [b,K-1+t,..].
+
+        u [b, t, d]; resets bool [b, t]; mask [b, t] is 0 at padding; past [b, K-1, I+2GN] precedes the sequence.
+        """
+        xBC, z, A_log = self.in_proj(u).split([self.d_conv, self.d_inner, self.n_v_heads], dim=-1)
+        if mask is not None:
+            xBC = xBC * mask[..., None].to(xBC.dtype)
+        padded = F.pad(xBC, (0, 0, CONV_WIDTH - 1, 0)) if past is None else torch.cat((past, xBC), dim=1)
+        mixed = self.activation(self._convolve(padded, u.shape[1], resets))
+        if mask is not None:
+            mixed = mixed * mask[..., None].to(mixed.dtype)
+        groups = self.n_qk_heads * self.d_state
+        x, B, C = mixed.split([self.d_inner, groups, groups], dim=-1)
+        x = x.unflatten(-1, (self.n_v_heads, self.d_head))
+        B, C = (part.unflatten(-1, (self.n_qk_heads, self.d_state)) for part in (B, C))
+        return x, B, C, A_log, z, padded
+
+    def _convolve(self, padded: Tensor, t: int, resets: Tensor | None) -> Tensor:
+        """Causal depthwise convolution as K shifted products, which compile into one kernel with what surrounds it.
+
+        padded [b, K-1+t, I+2GN] -> [b, t, I+2GN]; a tap that would reach over a document's start is left out.
+        """
+        weight = self.conv1d.weight.to(padded.dtype)
+        mixed = self.conv1d.bias.to(padded.dtype) + weight[:, 0, -1] * padded[:, CONV_WIDTH - 1 :]
+        documents = None if resets is None else F.pad(resets.long().cumsum(-1), (CONV_WIDTH - 1, 0))
+        for shift in range(1, CONV_WIDTH):
+            start = CONV_WIDTH - 1 - shift
+            earlier = padded[:, start : start + t]
+            if documents is not None:
+                same = documents[:, start : start + t] == documents[:, CONV_WIDTH - 1 :]
+                earlier = earlier * same[..., None]
+            mixed = mixed + weight[:, 0, -1 - shift] * earlier
+        return mixed
+
+    def decays(self, u: Tensor) -> Tensor:
+        """a_t = exp(-softplus(A_log_t)) for inputs u [b, t, d]: [b, t, H], float32 or better."""
+        rows = self.in_proj.weight[-self.n_v_heads :]
+        bias = None if self.in_proj.bias is None else self.in_proj.bias[-self.n_v_heads :]
+        A_log = F.linear(u, rows, bias)
+        return torch.exp(-F.softplus(A_log.to(decay_dtype(u.dtype))))
+
+    def forward(
+        self,
+        u: Tensor,
+        resets: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: MixerState | None = None,
+    ) -> Tensor:
+        """u [b, t, d] -> [b, t, d]; `cache` is read and replaced by the state after the last token."""
+        past = state = None
+        if cache is not None and cache.is_initialized:
+            past, state = cache.keys, cache.values
+        x, B, C, A_log, z, padded = self.project(u, resets, attention_mask, past)
+        if state is not None and u.shape[1] == 1:
+            y, state = ssd_step(x[:, 0], A_log[:, 0], B[:, 0], C[:, 0], self.D, state)
+            y = y[:, None]
+        else:
+            y, state = ssd_chunked(
+                x, A_log, B, C, self.D, chunk_size=self.chunk_size, resets=resets, initial_state=state
+            )
+        if cache is not None:
+            cache.update(padded[:, -(CONV_WIDTH - 1) :], state)
+            cache.cumulative_length += u.shape[1]
+        return self.out_proj(y.flatten(2) * F.silu(z + self.z_bias.to(z.dtype)))
+
+
+class LlambaBlock(nn.Module):
+    """h += mixer(norm(h)); h += mlp(norm(h))."""
+
+    def __init__(self, config: LlambaConfig):
+        super().__init__()
+        self.input_layernorm = LlambaRMSNorm(config.d_model, config.norm_epsilon)
+        self.mixer = LlambaMixer(config)
+        self.post_attention_layernorm = LlambaRMSNorm(config.d_model, config.norm_epsilon)
+        self.mlp = LlambaMLP(config)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        resets: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: MixerState | None = None,
+    ) -> Tensor:
+        hidden = hidden + self.mixer(self.input_layernorm(hidden), resets, attention_mask, cache)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+def attention_module(model_type: str) -> Any:
+    """transformers' modelling module of an architecture: its decoder layer and rotary embedding are used as is."""
+    return import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+
+
+def attention_parts(model_type: str) -> tuple[type[nn.Module], type[nn.Module]]:
+    """(decoder layer class, rotary embedding class) of `attention_cfg["model_type"]`."""
+    module, prefix = attention_module(model_type), model_type.capitalize()
+    return getattr(module, f"{prefix}DecoderLayer"), getattr(module, f"{prefix}RotaryEmbedding")
+
+
+class LlambaPreTrainedModel(PreTrainedModel):
+    config_class = LlambaConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LlambaBlock"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _is_stateful = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, LlambaMixer):
+            nn.init.zeros_(module.z_bias)
+            nn.init.ones_(module.D)
+
+
+class LlambaModel(LlambaPreTrainedModel):
+    """The backbone: embedding, layers, final norm; a rotary embedding for its attention layers, if any."""
+
+    def __init__(self, config: LlambaConfig):
+        super().__init__(config)
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(self._make_layer(index) for index in range(config.n_layer))
+        self.final_layernorm = LlambaRMSNorm(config.d_model, config.norm_epsilon)
+        self.attention_config: Any = None
+        self.rotary_emb: nn.Module | None = None
+        if config.attention_layers:
+            self.attention_config = config.attention_config()
+            self.attention_config._attn_implementation = config._attn_implementation
+            layer_class, rotary_class = attention_parts(config.attention_cfg["model_type"])
+            for index in config.attention_layers:
+                self.layers[index] = layer_class(self.attention_config, index)
+            self.rotary_emb = rotary_class(self.attention_config)
+        self.post_init()
+
+    def _make_layer(self, index: int) -> nn.Module:
+        """A mixer block, or a place holder where an attention layer will stand."""
+        return nn.Identity() if index in self.config.attention_layers else LlambaBlock(self.config)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embedding = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool = False,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states after the final norm [b, t, d] for input_ids [b, t].
+
+        position_ids [b, t] that restart at 0 without a cache or mask mark packed documents, which are kept apart:
+        attention by transformers' own packed mask, mixers by resetting convolution and state.
+        """
+        hidden = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        caches = self._layer_caches(past_key_values)
+        packed = position_ids is not None and past_key_values is None and attention_mask is None
+        resets = position_ids == 0 if packed else None
+        padding = self._padding(attention_mask, hidden.shape[1])
+        attention = self._attention_inputs(hidden, position_ids, attention_mask, past_key_values)
+        for index, layer in enumerate(self.layers):
+            if index in self.config.attention_layers:
+                mask = attention["masks"].get(self._mask_type(index))
+                hidden = layer(
+                    hidden,
+                    attention_mask=mask,
+                    position_ids=attention["position_ids"],
+                    past_key_values=past_key_values,
+                    use_cache=use_cache,
+                    position_embeddings=attention["position_embeddings"],
+                )
+            else:
+                hidden = layer(hidden, resets, padding, caches[index] if caches else None)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.final_layernorm(hidden), past_key_values=past_key_values
+        )
+
+    def _layer_caches(self, cache: Cache | None) -> list[Any] | None:
+        """The cache's layers, with a `MixerState` wherever a mixer stands and nothing is cached yet."""
+        if cache is None:
+            return None
+        while len(cache.layers) < len(self.layers):
+            cache.layers.append(DynamicLayer())
+        for index in range(len(self.layers)):
+            is_mixer = index not in self.config.attention_layers
+            if is_mixer and not isinstance(cache.layers[index], MixerState):
+                cache.layers[index] = MixerState()
+        return cache.layers
+
+    def _padding(self, attention_mask: Tensor | None, t: int) -> Tensor | None:
+        """The mask [b, t] of the tokens at hand, or None when a mixer has nothing to mask."""
+        return None if attention_mask is None or t == 1 else attention_mask[:, -t:]
+
+    def _mask_type(self, index: int) -> str:
+        types = getattr(self.attention_config, "layer_types", None)
+        if types:
+            return types[index]
+        return "sliding_attention" if getattr(self.attention_config, "sliding_window", None) else "full_attention"
+
+    def _attention_inputs(
+        self, hidden: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None, cache: Cache | None
+    ) -> dict[str, Any]:
+        """Positions, rotary embedding and masks that all attention layers share."""
+        if not self.config.attention_layers:
+            return {}
+        if position_ids is None:
+            seen = cache.get_seq_length(self.config.attention_layers[0]) if cache is not None else 0
+            position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen)[None]
+        makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        masks = {
+            kind: makers[kind](
+                config=self.attention_config,
+                inputs_embeds=hidden,
+                attention_mask=attention_mask,
+                past_key_values=cache,
+                position_ids=position_ids,
+                layer_idx=self.config.attention_layers[0],
+            )
+            for kind in {self._mask_type(index) for index in self.config.attention_layers}
+        }
+        assert self.rotary_emb is not None
+        rotary = self.rotary_emb(hidden, position_ids=position_ids)
+        return {"position_ids": position_ids, "masks": masks, "position_embeddings": rotary}
+
+
+class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
+    """The backbone with its head; loads from and saves to the published weight names."""
+
+    _tied_weights_keys = {"lm_head.weight": "backbone.embedding.weight"}  # noqa: RUF012
+
+    def __init__(self, config: LlambaConfig):
+        super().__init__(config)
+        self.backbone = LlambaModel(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+
+    @classmethod
+    def load(cls, name: str, **options: Any) -> "LlambaForCausalLM":
+        """Load a folder or hub id with every key accounted for; see `loading.load_student`."""
+        from .loading import load_student
+
+        return load_student(cls, name, **options)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def set_attention_layers(self, layers: dict[int, nn.Module], teacher_config: Any, rotary_emb: nn.Module) -> None:
+        """Put whole decoder layers at the given indices and write them into the configuration."""
+        if not layers:
+            return
+        backbone = self.backbone
+        for index, layer in layers.items():
+            layer.self_attn.layer_idx = index
+            backbone.layers[index] = layer
+        self.config.attention_layers = sorted({*self.config.attention_layers, *layers})
+        self.config.attention_cfg = LlambaConfig.describe_attention(teacher_config)
+        self.config._attn_implementation = teacher_config._attn_implementation
+        backbone.attention_config, backbone.rotary_emb = teacher_config, rotary_emb
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **unknown: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits [b, t, vocab] (the last `logits_to_keep` positions); with `labels` [b, t] the shifted mean loss.
+
+        Arguments that this model has no use for are passed over.
+        """
+        use_cache = not self.training if use_cache is None else use_cache
+        output = self.backbone(
+            input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(output.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=output.past_key_values)
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """`generate()` passes over arguments that it does not know."""
+
+
+LlambaConfig.register_for_auto_class()
+LlambaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
