@@ -1,0 +1,378 @@
+"""Parameter groups, optimizers that never lose an update in bf16, the WSD schedule, and the clipped step.
+
+A bf16 weight of 0.02 has a spacing of 1.2e-4: at a learning rate of 1e-5 no single update moves it. Both optimizers
+here update an exact float32 master weight instead: `adamw` keeps it whole, `adamw8bit` keeps the 16 bits that the
+bf16 weight lacks beside it.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from arguments import UserError
+
+log = logging.getLogger(__name__)
+
+BETAS = (0.9, 0.95)
+EPS = 1e-8
+BLOCK = 256  # elements that share one scale
+# Weights are updated in slices of this many elements, so that the float32 temporaries of an eager step stay small.
+SLICE = 2**24
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: matrices with decay; norms, biases, D and z_bias (1-d) without."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    decayed = [p for p in trainable if p.ndim > 1]
+    plain = [p for p in trainable if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(
+    name: str, module: nn.Module, *, lr: float, weight_decay: float, compile: bool = False
+) -> torch.optim.Optimizer:
+    """`adamw` (float32 masters and moments), `adamw8bit` (exact masters, 8-bit moments) or `flashadamw`."""
+    groups = parameter_groups(module, weight_decay)
+    if name == "adamw":
+        return MasterAdamW(groups, lr=lr)
+    if name == "adamw8bit":
+        return AdamW8bit(groups, lr=lr, compile=compile)
+    try:
+        from pytorch_optimizer import FlashAdamW
+    except ImportError as error:
+        raise UserError("--optimizer flashadamw needs a pytorch-optimizer that has FlashAdamW") from error
+    return FlashAdamW(groups, lr=lr, betas=BETAS, eps=EPS)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, or the tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 [..] -> (bf16 rounded half up, int16 low half): together exactly the float32.
+
+    hi = (bits + 0x8000) >> 16 rounds ties away from zero in magnitude; the low half is then what is missing, in
+    [-32768, 32767]. `.to(bfloat16)` rounds ties to even, and its remainder would overflow 16 bits.
+    """
+    bits = master.view(torch.int32)
+    high = (bits + 0x8000) >> 16
+    low = bits - (high << 16)
+    return high.to(torch.int16).view(torch.bfloat16), low.to(torch.int16)
+
+
+def join_master(weight: Tensor, low: Tensor) -> Tensor:
+    """The exact float32 from its bf16 weight and int16 low half."""
+    return ((weight.view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)).view(torch.float32)
+
+
+class _SkippingOptimizer(torch.optim.Optimizer):
+    """Reads `grad_scale` and `found_inf` as torch's fused optimizers do under GradScaler: no host sync to skip."""
+
+    _step_supports_amp_scaling = True
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but without casting state to the parameters' dtype: masters and 8-bit codes keep theirs."""
+        given = state_dict["state"]
+        super().load_state_dict({**state_dict, "state": {}})
+        order = [p for group in self.param_groups for p in group["params"]]
+        for index, values in given.items():
+            parameter = order[index]
+            device = local(parameter).device
+            self.state[parameter] = {
+                key: value.detach().to(device, copy=True) if torch.is_tensor(value) else value
+                for key, value in values.items()
+            }
+
+    def _controls(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(grad_scale, found_inf) as float32 scalars on the device: gradients are divided by the first."""
+        one = torch.ones((), device=device)
+        scale = one if self.grad_scale is None else self.grad_scale.to(device).view(())
+        found = torch.zeros_like(one) if self.found_inf is None else self.found_inf.to(device).view(())
+        return scale, found
+
+
+class MasterAdamW(_SkippingOptimizer):
+    """The reference: torch's fused AdamW on float32 masters (the parameters themselves where they are float32).
+
+    State a bf16 parameter: master, exp_avg, exp_avg_sq in float32 (12 bytes). arXiv 1711.05101.
+    """
+
+    def __init__(self, params: Any, lr: float):
+        super().__init__(params, {"lr": lr, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            states = [self._state(p) for p in parameters]
+            masters = [state.get("master", local(p)) for state, p in zip(states, parameters)]
+            scale, found = self._controls(masters[0].device)
+            torch._fused_adamw_(
+                masters,
+                [local(p.grad).to(m.dtype) for p, m in zip(parameters, masters)],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [state["step"] for state in states],
+                lr=group["lr"],
+                beta1=BETAS[0],
+                beta2=BETAS[1],
+                weight_decay=group["weight_decay"],
+                eps=EPS,
+                amsgrad=False,
+                maximize=False,
+                grad_scale=scale,
+                found_inf=found,
+            )
+            for state in states:  # the fused kernel leaves the weights alone when found_inf is set
+                state["step"].sub_(found.to(state["step"].device)).add_(1)
+            for p, master in zip(parameters, masters):
+                if master is not local(p):
+                    local(p).copy_(master)
+
+    def _state(self, p: nn.Parameter) -> dict[str, Tensor]:
+        state = self.state[p]
+        if not state:
+            data = local(p.detach())
+            wide = torch.promote_types(data.dtype, torch.float32)
+            if wide != data.dtype:
+                state["master"] = data.to(wide)
+            state["exp_avg"] = torch.zeros_like(data, dtype=wide)
+            state["exp_avg_sq"] = torch.zeros_like(data, dtype=wide)
+            state["step"] = torch.ones((), device=data.device)
+        return state
+
+    def master_weights(self) -> dict[nn.Parameter, Tensor]:
+        """The float32 weights that the parameters are rounded from."""
+        everything = [p for group in self.param_groups for p in group["params"]]
+        return {p: self.state[p].get("master", local(p.detach())) for p in everything if p in self.state}
+
+
+class AdamW8bit(_SkippingOptimizer):
+    """AdamW on exact float32 masters with 8-bit moments in blocks of 256 (Dettmers et al., arXiv 2110.02861).
+
+    A bf16 parameter has an int16 `low` beside it (weight and low are the float32 master). The first moment is
+    int8, the square root of the second uint8, each with a float32 scale a block; the codes are the square root of
+    the scaled value, so that small entries keep their relative precision. Blocks never cross rows of a matrix
+    [r, .., w], so that sharding rows over ranks leaves them whole. State: 2 + 1 + 1 + 8/256 = 4.03 bytes.
+    """
+
+    def __init__(self, params: Any, lr: float, compile: bool = False):
+        super().__init__(params, {"lr": lr, "weight_decay": 0.0})
+        self._update = torch.compile(update_slice, dynamic=True) if compile else update_slice
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            rate: Tensor | None = None
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                weight, grad, state = local(p.detach()), local(p.grad), self._state(p)
+                if weight.numel() == 0:
+                    continue
+                scale, found = self._controls(weight.device)
+                if rate is None or rate.device != weight.device:
+                    rate = torch.tensor([group["lr"], group["weight_decay"]], device=weight.device)
+                state["step"].add_(1 - found)
+                self._update_parameter(weight, grad, state, rate, scale, found)
+
+    def _update_parameter(
+        self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], rate: Tensor, scale: Tensor, found: Tensor
+    ) -> None:
+        columns = weight.shape[-1] if weight.ndim else 1
+        flat = [weight.view(-1, columns), grad.reshape(-1, columns)]
+        flat.append(state["low"].view(-1, columns) if "low" in state else flat[0])
+        rows = max(1, SLICE // columns)
+        for start in range(0, flat[0].shape[0], rows):
+            part = slice(start, start + rows)
+            codes = [state[name][part] for name in ("m", "m_scale", "v", "v_scale")]
+            self._update(*(tensor[part] for tensor in flat), *codes, state["step"], rate, scale, found)
+
+    def _state(self, p: nn.Parameter) -> dict[str, Tensor]:
+        state = self.state[p]
+        if not state:
+            data = local(p.detach())
+            columns = data.shape[-1] if data.ndim else 1
+            rows, blocks = data.numel() // max(columns, 1), -(-columns // BLOCK)
+            if data.dtype == torch.bfloat16:
+                state["low"] = torch.zeros_like(data, dtype=torch.int16)
+            elif data.dtype not in (torch.float32, torch.float64):
+                raise UserError(f"--optimizer adamw8bit works on bfloat16 and float32 parameters, not {data.dtype}")
+            for name, dtype in (("m", torch.int8), ("v", torch.uint8)):
+                state[name] = torch.zeros(rows, columns, dtype=dtype, device=data.device)
+                state[f"{name}_scale"] = torch.zeros(rows, blocks, device=data.device)
+            state["step"] = torch.zeros((), device=data.device)
+        return state
+
+    def master_weights(self) -> dict[nn.Parameter, Tensor]:
+        """The exact float32 weights, joined from the two halves."""
+        joined = {}
+        for p, state in self.state.items():
+            weight = local(p.detach())
+            joined[p] = join_master(weight, state["low"]) if "low" in state else weight
+        return joined
+
+
+def update_slice(
+    weight: Tensor,
+    grad: Tensor,
+    low: Tensor,
+    m: Tensor,
+    m_scale: Tensor,
+    v: Tensor,
+    v_scale: Tensor,
+    step: Tensor,
+    rate: Tensor,
+    scale: Tensor,
+    found: Tensor,
+) -> None:
+    """One AdamW update of rows [r, w] in place; where `found` is 1 everything stays as it is.
+
+    weight bf16 with low int16, or float32 (then `low` is the weight itself); m int8, v uint8 [r, w] with float32
+    scales [r, ceil(w / 256)]; step, scale, found 0-d; rate [lr, weight_decay].
+    """
+    is_split = weight.dtype == torch.bfloat16
+    master = join_master(weight, low) if is_split else weight
+    gradient = grad.to(master.dtype) / scale
+    first = decode(m, m_scale) * BETAS[0] + gradient * (1 - BETAS[0])
+    root = decode(v, v_scale)
+    second = root * root * BETAS[1] + gradient * gradient * (1 - BETAS[1])
+    correction1, correction2 = 1 - BETAS[0] ** step, 1 - BETAS[1] ** step
+    direction = (first / correction1) / ((second / correction2).sqrt() + EPS)
+    updated = master * (1 - rate[0] * rate[1]) - rate[0] * direction
+    keep = found > 0
+    updated = torch.where(keep, master, updated)
+    new_m, new_m_scale = encode(first, 127.0)
+    new_v, new_v_scale = encode(second.sqrt(), 255.0)
+    if is_split:
+        high, rest = split_master(updated)
+        weight.copy_(high)
+        low.copy_(rest)
+    else:
+        weight.copy_(updated)
+    m.copy_(torch.where(keep, m, new_m.to(torch.int8)))
+    v.copy_(torch.where(keep, v, new_v.to(torch.uint8)))
+    m_scale.copy_(torch.where(keep, m_scale, new_m_scale))
+    v_scale.copy_(torch.where(keep, v_scale, new_v_scale))
+
+
+def encode(values: Tensor, levels: float) -> tuple[Tensor, Tensor]:
+    """Float codes [r, w] in [-levels, levels] of sign(x) sqrt(|x| / scale), and the blocks' largest |x|."""
+    r, w = values.shape
+    blocks = -(-w // BLOCK)
+    padded = torch.nn.functional.pad(values, (0, blocks * BLOCK - w)).view(r, blocks, BLOCK)
+    scales = padded.abs().amax(-1)
+    ratio = padded / scales.clamp(min=1e-38)[..., None]
+    codes = (ratio.sign() * ratio.abs().sqrt() * levels).round()
+    return codes.view(r, -1)[:, :w], scales.to(torch.float32)
+
+
+def decode(codes: Tensor, scales: Tensor) -> Tensor:
+    """The values of 8-bit codes [r, w] with scales [r, ceil(w / 256)], float32."""
+    r, w = codes.shape
+    blocks = scales.shape[1]
+    padded = torch.nn.functional.pad(codes, (0, blocks * BLOCK - w)).view(r, blocks, BLOCK)
+    levels = 127.0 if codes.dtype == torch.int8 else 255.0
+    root = padded.to(torch.float32) / levels
+    return (root * root.abs() * scales[..., None]).view(r, -1)[:, :w]
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer,
+    total_steps: int,
+    *,
+    max_lr: float,
+    min_lr: float,
+    warmup_ratio: float,
+    decay_ratio: float,
+) -> LambdaLR:
+    """pytorch-optimizer's WSD schedule over optimizer steps, shifted by one: step k (from 1) takes multiplier k.
+
+    The library's first multiplier is 0, which would waste the first step; its last is `min_lr`. The cooldown is the
+    library's default, floored at `min_lr`; past the end the rate stays there.
+    """
+    warmup, decay = round(total_steps * warmup_ratio), round(total_steps * decay_ratio)
+    multiplier = wsd_multiplier(total_steps, min(warmup, total_steps), decay, min_lr / max_lr)
+    return LambdaLR(optimizer, lambda done: multiplier(done + 1))
+
+
+def wsd_multiplier(total: int, warmup: int, decay: int, floor: float) -> Callable[[int], float]:
+    """multiplier(k) of optimizer step k, counted from 1, from pytorch-optimizer's own schedule."""
+    from pytorch_optimizer.lr_scheduler import get_wsd_schedule
+
+    decay = min(decay, total - warmup)
+    probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    library = get_wsd_schedule(
+        probe,
+        num_warmup_steps=warmup,
+        num_stable_steps=total - warmup - decay,
+        num_decay_steps=decay,
+        min_lr_ratio=floor,
+    ).lr_lambdas[0]
+
+    def multiplier(step: int) -> float:
+        if step > total or (step == total and decay):
+            return floor
+        return max(floor, library(step))
+
+    return multiplier
+
+
+def clip_and_step(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], grad_clip: float, scaler: Any = None
+) -> tuple[Tensor, Tensor]:
+    """One update with gradients clipped to norm `grad_clip`; returns (norm before clipping, 1.0 if skipped).
+
+    A non-finite norm skips the update on the device: the CPU does not wait. Clipping is folded into `grad_scale`,
+    so that gradients are read once more but never rewritten. Optimizers without these controls, and a GradScaler,
+    cost one synchronisation.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = gradient_norm(gradients)
+    loss_scale = torch.ones_like(norm) if scaler is None else scaler.scale(torch.ones_like(norm))
+    norm = norm / loss_scale
+    bad = (~torch.isfinite(norm)).float()
+    divisor = loss_scale * torch.clamp(norm / grad_clip, min=1.0)
+    if isinstance(optimizer, _SkippingOptimizer):
+        optimizer.grad_scale = torch.where(bad > 0, torch.ones_like(divisor), divisor)
+        optimizer.found_inf = bad
+        optimizer.step()
+        optimizer.grad_scale = optimizer.found_inf = None
+    elif not bool(bad):
+        torch._foreach_div_(gradients, divisor)
+        optimizer.step()
+    if scaler is not None:
+        _update_loss_scale(scaler, bool(bad))
+    return norm, bad
+
+
+def gradient_norm(gradients: list[Tensor]) -> Tensor:
+    """Global 2-norm, float32 scalar; of sharded tensors over all ranks."""
+    if not gradients:
+        return torch.zeros(())
+    total = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    total = total.full_tensor() if hasattr(total, "full_tensor") else total
+    return total.float()
+
+
+def _update_loss_scale(scaler: Any, overflowed: bool) -> None:
+    """GradScaler's own rule: halve on overflow, double after `growth_interval` good updates."""
+    state = scaler.state_dict()
+    if overflowed:
+        state["scale"], state["_growth_tracker"] = state["scale"] * state["backoff_factor"], 0
+    else:
+        state["_growth_tracker"] += 1
+        if state["_growth_tracker"] == state["growth_interval"]:
+            state["scale"], state["_growth_tracker"] = state["scale"] * state["growth_factor"], 0
+    scaler.load_state_dict(state)
