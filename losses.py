@@ -87,10 +87,11 @@ def scaled_terms(
     temperature: float,
     kl_weight: float,
     ce_weight: float,
-) -> tuple[Tensor, Tensor]:
-    """`token_terms` with the gradient scaled and in the logits' own dtype (scaled before the cast: float16)."""
+) -> Tensor:
+    """`token_terms`, with the scaled gradient written over the student's logits (scaled before a float16 cast)."""
     sums, gradient = token_terms(student, teacher, labels, valid, temperature, kl_weight, ce_weight)
-    return sums, (gradient * scale).to(student.dtype)
+    student.copy_(gradient * scale)
+    return sums
 
 
 _compiled: dict[Any, Any] = {}
@@ -225,14 +226,12 @@ class _ChunkedKD(torch.autograd.Function):
             rows = slice(start, start + chunk)
             logits = hidden[rows] @ head.T
             target = None if theirs is None or teacher_head is None else theirs[rows] @ teacher_head.T
-            added, gradient = function(logits, target, labels[rows], valid[rows], scale, *options)
-            del logits, target
-            sums += added
+            sums += function(logits, target, labels[rows], valid[rows], scale, *options)
             if hidden_grad is not None:
-                torch.mm(gradient, head, out=hidden_grad[rows])
+                torch.mm(logits, head, out=hidden_grad[rows])
             if buffer is not None:
-                accumulate_product(buffer, gradient.T, hidden[rows])
-            del gradient
+                accumulate_product(buffer, logits.T, hidden[rows])
+            del logits, target
         ctx.head_given = head_grad is not None
         ctx.save_for_backward(hidden_grad, None if ctx.head_given else buffer)
         ctx.mark_non_differentiable(sums)
@@ -249,19 +248,17 @@ class _ChunkedKD(torch.autograd.Function):
         return hidden_grad, head_grad, *(None,) * 9
 
 
-def accumulate_product(total: Tensor, left: Tensor, right: Tensor, tile_bytes: int = 2**28) -> None:
+def accumulate_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right, in place: total float32 [V, d] (or wider), left [V, m] and right [m, d] of any dtype.
 
-    bf16 products go through float32 accumulators without rounding to bf16 in between; `total`'s rows are taken in
-    tiles of at most `tile_bytes`, so that the temporary stays small where the product cannot add in place.
+    On a GPU the product of bf16 operands adds to float32 in its own epilogue: nothing is rounded in between and
+    nothing of [V, d] is allocated. Elsewhere it goes by tiles of rows.
     """
     if left.dtype == total.dtype:
         torch.addmm(total, left, right, out=total)
-        return
-    rows = max(1, tile_bytes // (total.shape[1] * total.element_size()))
-    for start in range(0, total.shape[0], rows):
-        tile = slice(start, start + rows)
-        if left.is_cuda:
-            total[tile] += torch.mm(left[tile], right, out_dtype=total.dtype)
-        else:
+    elif left.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        for rows in range(0, total.shape[0], 4096):
+            tile = slice(rows, rows + 4096)
             total[tile].addmm_(left[tile].to(total.dtype), right.to(total.dtype))

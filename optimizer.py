@@ -5,6 +5,7 @@ here update an exact float32 master weight instead: `adamw` keeps it whole, `ada
 bf16 weight lacks beside it.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -20,8 +21,7 @@ log = logging.getLogger(__name__)
 BETAS = (0.9, 0.95)
 EPS = 1e-8
 BLOCK = 256  # elements that share one scale
-# Weights are updated in slices of this many elements, so that the float32 temporaries of an eager step stay small.
-SLICE = 2**24
+EAGER_SLICE = 2**22  # elements of an eager update
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -111,36 +111,37 @@ class MasterAdamW(_SkippingOptimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if not parameters:
-                continue
-            states = [self._state(p) for p in parameters]
-            masters = [state.get("master", local(p)) for state, p in zip(states, parameters)]
-            scale, found = self._controls(masters[0].device)
-            torch._fused_adamw_(
-                masters,
-                [local(p.grad).to(m.dtype) for p, m in zip(parameters, masters)],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [],
-                [state["step"] for state in states],
-                lr=group["lr"],
-                beta1=BETAS[0],
-                beta2=BETAS[1],
-                weight_decay=group["weight_decay"],
-                eps=EPS,
-                amsgrad=False,
-                maximize=False,
-                grad_scale=scale,
-                found_inf=found,
-            )
-            for state in states:  # the fused kernel leaves the weights alone when found_inf is set
-                state["step"].sub_(found.to(state["step"].device)).add_(1)
-            for p, master in zip(parameters, masters):
-                if master is not local(p):
-                    local(p).copy_(master)
+            parameters = [p for p in group["params"] if p.grad is not None and local(p).numel()]
+            if parameters:
+                self._fused_step(parameters, group)
 
-    def _state(self, p: nn.Parameter) -> dict[str, Tensor]:
+    def _fused_step(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        states = [self._exact_state(p) for p in parameters]
+        masters = [state.get("master", local(p.detach())) for state, p in zip(states, parameters)]
+        scale, found = self._controls(masters[0].device)
+        torch._fused_adamw_(
+            masters,
+            [local(p.grad).to(m.dtype) for p, m in zip(parameters, masters)],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            lr=group["lr"],
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            weight_decay=group["weight_decay"],
+            eps=EPS,
+            amsgrad=False,
+            maximize=False,
+            grad_scale=scale,
+            found_inf=found,
+        )
+        torch._foreach_add_([state["step"] for state in states], 1 - found)  # the next step's number
+        split = [(local(p.detach()), m) for p, m in zip(parameters, masters) if local(p).dtype != m.dtype]
+        if split:
+            torch._foreach_copy_([weight for weight, _ in split], [master for _, master in split])
+
+    def _exact_state(self, p: nn.Parameter) -> dict[str, Tensor]:
         state = self.state[p]
         if not state:
             data = local(p.detach())
@@ -153,78 +154,93 @@ class MasterAdamW(_SkippingOptimizer):
         return state
 
     def master_weights(self) -> dict[nn.Parameter, Tensor]:
-        """The float32 weights that the parameters are rounded from."""
-        everything = [p for group in self.param_groups for p in group["params"]]
-        return {p: self.state[p].get("master", local(p.detach())) for p in everything if p in self.state}
+        """The exact float32 weights that the parameters are rounded from."""
+        return {p: self._master(local(p.detach()), state) for p, state in self.state.items()}
+
+    def _master(self, weight: Tensor, state: dict[str, Tensor]) -> Tensor:
+        return state.get("master", weight)
 
 
-class AdamW8bit(_SkippingOptimizer):
-    """AdamW on exact float32 masters with 8-bit moments in blocks of 256 (Dettmers et al., arXiv 2110.02861).
+class AdamW8bit(MasterAdamW):
+    """AdamW on exact float32 masters with 8-bit moments in blocks of at most 256 (cf. arXiv 2110.02861).
 
-    A bf16 parameter has an int16 `low` beside it (weight and low are the float32 master). The first moment is
-    int8, the square root of the second uint8, each with a float32 scale a block; the codes are the square root of
-    the scaled value, so that small entries keep their relative precision. Blocks never cross rows of a matrix
-    [r, .., w], so that sharding rows over ranks leaves them whole. State: 2 + 1 + 1 + 8/256 = 4.03 bytes.
+    A bf16 matrix has an int16 `low` beside it (weight and low are the float32 master). The first moment is int8,
+    the square root of the second uint8, each with a float32 scale a block; codes are the square root of the scaled
+    value, so that small entries keep their relative precision. Blocks never cross rows, so that sharding rows over
+    ranks leaves them whole. State: 2 + 1 + 1 + 8/256 = 4.03 bytes a parameter. Vectors, and matrices whose rows do
+    not divide into blocks, are few and small: they take the reference's exact update.
     """
 
     def __init__(self, params: Any, lr: float, compile: bool = False):
-        super().__init__(params, {"lr": lr, "weight_decay": 0.0})
-        self._update = torch.compile(update_slice, dynamic=True) if compile else update_slice
+        super().__init__(params, lr)
+        self.compile = compile
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            rate: Tensor | None = None
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                weight, grad, state = local(p.detach()), local(p.grad), self._state(p)
-                if weight.numel() == 0:
-                    continue
-                scale, found = self._controls(weight.device)
-                if rate is None or rate.device != weight.device:
-                    rate = torch.tensor([group["lr"], group["weight_decay"]], device=weight.device)
-                state["step"].add_(1 - found)
-                self._update_parameter(weight, grad, state, rate, scale, found)
+            live = [p for p in group["params"] if p.grad is not None and local(p).numel()]
+            exact = [p for p in live if block_length(local(p)) is None]
+            if exact:
+                self._fused_step(exact, group)
+            blocked = [p for p in live if block_length(local(p)) is not None]
+            if not blocked:
+                continue
+            device = local(blocked[0]).device
+            scale, found = self._controls(device)
+            rate = torch.tensor([group["lr"], group["weight_decay"]], device=device)
+            states = [self._block_state(p) for p in blocked]
+            torch._foreach_add_([state["step"] for state in states], 1 - found)
+            for p, state in zip(blocked, states):
+                self._update_blocks(local(p.detach()), local(p.grad), state, rate, scale, found)
 
-    def _update_parameter(
+    def _update_blocks(
         self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], rate: Tensor, scale: Tensor, found: Tensor
     ) -> None:
-        columns = weight.shape[-1] if weight.ndim else 1
-        flat = [weight.view(-1, columns), grad.reshape(-1, columns)]
-        flat.append(state["low"].view(-1, columns) if "low" in state else flat[0])
-        rows = max(1, SLICE // columns)
+        block = state["m"].shape[1]
+        flat = [weight.view(-1, block), grad.reshape(-1, block)]
+        flat.append(state["low"].view(-1, block) if "low" in state else flat[0])
+        flat += [state[name] for name in ("m", "m_scale", "v", "v_scale")]
+        if self.compile:
+            _compiled_update()(*flat, state["step"], rate, scale, found)
+            return
+        rows = max(1, EAGER_SLICE // block)  # so that the float32 temporaries stay small
         for start in range(0, flat[0].shape[0], rows):
-            part = slice(start, start + rows)
-            codes = [state[name][part] for name in ("m", "m_scale", "v", "v_scale")]
-            self._update(*(tensor[part] for tensor in flat), *codes, state["step"], rate, scale, found)
+            update_blocks(*(tensor[start : start + rows] for tensor in flat), state["step"], rate, scale, found)
 
-    def _state(self, p: nn.Parameter) -> dict[str, Tensor]:
+    def _block_state(self, p: nn.Parameter) -> dict[str, Tensor]:
         state = self.state[p]
         if not state:
             data = local(p.detach())
-            columns = data.shape[-1] if data.ndim else 1
-            rows, blocks = data.numel() // max(columns, 1), -(-columns // BLOCK)
             if data.dtype == torch.bfloat16:
                 state["low"] = torch.zeros_like(data, dtype=torch.int16)
-            elif data.dtype not in (torch.float32, torch.float64):
-                raise UserError(f"--optimizer adamw8bit works on bfloat16 and float32 parameters, not {data.dtype}")
+            block = block_length(data)
+            assert block is not None
+            rows = data.numel() // block
             for name, dtype in (("m", torch.int8), ("v", torch.uint8)):
-                state[name] = torch.zeros(rows, columns, dtype=dtype, device=data.device)
-                state[f"{name}_scale"] = torch.zeros(rows, blocks, device=data.device)
+                state[name] = torch.zeros(rows, block, dtype=dtype, device=data.device)
+                state[f"{name}_scale"] = torch.zeros(rows, 1, device=data.device)
             state["step"] = torch.zeros((), device=data.device)
         return state
 
-    def master_weights(self) -> dict[nn.Parameter, Tensor]:
-        """The exact float32 weights, joined from the two halves."""
-        joined = {}
-        for p, state in self.state.items():
-            weight = local(p.detach())
-            joined[p] = join_master(weight, state["low"]) if "low" in state else weight
-        return joined
+    def _master(self, weight: Tensor, state: dict[str, Tensor]) -> Tensor:
+        return join_master(weight, state["low"]) if "low" in state else super()._master(weight, state)
 
 
-def update_slice(
+def block_length(tensor: Tensor) -> int | None:
+    """The largest divisor of a matrix's row length in [64, 256]; None for vectors and rows without one."""
+    if tensor.ndim < 2 or tensor.dtype not in (torch.bfloat16, torch.float32):
+        return None
+    width = tensor[0].numel()
+    return next((n for n in range(min(BLOCK, width), 63, -1) if width % n == 0), None)
+
+
+@functools.cache
+def _compiled_update() -> Callable[..., None]:
+    """One compiled update for every shape: only the number of blocks varies, and it is marked dynamic."""
+    return torch.compile(update_blocks, dynamic=True)
+
+
+def update_blocks(
     weight: Tensor,
     grad: Tensor,
     low: Tensor,
@@ -237,24 +253,24 @@ def update_slice(
     scale: Tensor,
     found: Tensor,
 ) -> None:
-    """One AdamW update of rows [r, w] in place; where `found` is 1 everything stays as it is.
+    """One AdamW update of blocks [n, w] in place; where `found` is 1 everything stays as it is.
 
-    weight bf16 with low int16, or float32 (then `low` is the weight itself); m int8, v uint8 [r, w] with float32
-    scales [r, ceil(w / 256)]; step, scale, found 0-d; rate [lr, weight_decay].
+    weight bf16 with low int16, or float32 (then `low` is the weight itself); m int8 and v uint8 with float32 scales
+    [n, 1]; step, scale, found 0-d; rate [lr, weight_decay].
     """
     is_split = weight.dtype == torch.bfloat16
     master = join_master(weight, low) if is_split else weight
-    gradient = grad.to(master.dtype) / scale
+    gradient = grad.to(torch.float32) / scale
     first = decode(m, m_scale) * BETAS[0] + gradient * (1 - BETAS[0])
     root = decode(v, v_scale)
     second = root * root * BETAS[1] + gradient * gradient * (1 - BETAS[1])
     correction1, correction2 = 1 - BETAS[0] ** step, 1 - BETAS[1] ** step
     direction = (first / correction1) / ((second / correction2).sqrt() + EPS)
     updated = master * (1 - rate[0] * rate[1]) - rate[0] * direction
-    keep = found > 0
-    updated = torch.where(keep, master, updated)
     new_m, new_m_scale = encode(first, 127.0)
     new_v, new_v_scale = encode(second.sqrt(), 255.0)
+    keep = found > 0
+    updated = torch.where(keep, master, updated)
     if is_split:
         high, rest = split_master(updated)
         weight.copy_(high)
@@ -268,24 +284,16 @@ def update_slice(
 
 
 def encode(values: Tensor, levels: float) -> tuple[Tensor, Tensor]:
-    """Float codes [r, w] in [-levels, levels] of sign(x) sqrt(|x| / scale), and the blocks' largest |x|."""
-    r, w = values.shape
-    blocks = -(-w // BLOCK)
-    padded = torch.nn.functional.pad(values, (0, blocks * BLOCK - w)).view(r, blocks, BLOCK)
-    scales = padded.abs().amax(-1)
-    ratio = padded / scales.clamp(min=1e-38)[..., None]
-    codes = (ratio.sign() * ratio.abs().sqrt() * levels).round()
-    return codes.view(r, -1)[:, :w], scales.to(torch.float32)
+    """Codes of values [n, w]: sign(x) sqrt(|x| / scale) * levels, rounded; the scale [n, 1] is the largest |x|."""
+    scales = values.abs().amax(-1, keepdim=True)
+    ratio = values / scales.clamp(min=1e-38)
+    return (ratio.sign() * ratio.abs().sqrt() * levels).round(), scales
 
 
 def decode(codes: Tensor, scales: Tensor) -> Tensor:
-    """The values of 8-bit codes [r, w] with scales [r, ceil(w / 256)], float32."""
-    r, w = codes.shape
-    blocks = scales.shape[1]
-    padded = torch.nn.functional.pad(codes, (0, blocks * BLOCK - w)).view(r, blocks, BLOCK)
-    levels = 127.0 if codes.dtype == torch.int8 else 255.0
-    root = padded.to(torch.float32) / levels
-    return (root * root.abs() * scales[..., None]).view(r, -1)[:, :w]
+    """The float32 values of 8-bit codes [n, w] with scales [n, 1]."""
+    root = codes.to(torch.float32) / (127.0 if codes.dtype == torch.int8 else 255.0)
+    return root * root.abs() * scales
 
 
 def build_schedule(

@@ -1,6 +1,6 @@
 """The three pieces of our own on one GPU: operator, loss, optimizer. Times by CUDA events, medians after warm-up.
 
-    python benchmarks/kernels.py [--pieces ssd loss optimizer] [--json FILE]
+python benchmarks/kernels.py [--pieces ssd loss optimizer] [--json FILE]
 """
 
 import argparse
@@ -110,7 +110,7 @@ def bench_loss(n: int = 4096, d: int = 4096, V: int = 128256) -> list[dict[str, 
             hidden.detach() @ head.detach().T
         del _
 
-    rows: list[dict[str, Any]] = [{"piece": "loss", "way": "three [n, V] products alone", "ms": milliseconds(products)}]
+    rows: list[dict[str, Any]] = [{"piece": "loss", "way": "three products alone", "ms": milliseconds(products)}]
     runs = {f"chunked {c}": chunked(c) for c in (512, 1024, 2048, 4096)}
     runs |= {"chunked 1024, frozen head": chunked(1024, frozen=True), "dense float32": dense}
     for name, run in runs.items():
@@ -159,7 +159,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for piece in args.pieces:
         for row in {"ssd": bench_ssd, "loss": bench_loss, "optimizer": bench_optimizer}[piece]():
-            print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
+            shown = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items())
+            print("  ".join(shown), flush=True)
             rows.append(row)
         torch.cuda.empty_cache()
     if args.json:
