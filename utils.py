@@ -1,0 +1,257 @@
+"""Environment, logging and tracking: devices, seeds, log lines, metrics.jsonl and W&B behind one face."""
+
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from arguments import UserError
+from run_control import MaskingFilter
+
+log = logging.getLogger(__name__)
+
+
+def setup_logging(log_file: str | None, *, main_process: bool = True) -> None:
+    """Time-stamped, flushed lines on stdout and in `log_file`; other ranks than the first only warn."""
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    if log_file and main_process:
+        Path(log_file).expanduser().parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(Path(log_file).expanduser()))
+    for handler in handlers:
+        handler.addFilter(MaskingFilter())
+    logging.basicConfig(
+        level=logging.INFO if main_process else logging.WARNING,
+        format="%(asctime)s %(message)s",
+        datefmt="%Y-%m-%d %H:%M:%S",
+        handlers=handlers,
+        force=True,
+    )
+    for noisy in ("httpx", "httpx2", "urllib3", "filelock", "fsspec", "huggingface_hub"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def check_device(name: str) -> torch.device:
+    """The device, or a `UserError` that says which CUDA devices there are."""
+    device = torch.device(name)
+    if device.type != "cuda":
+        return device
+    count = torch.cuda.device_count()
+    if (device.index or 0) >= count:
+        there = f"cuda:0 to cuda:{count - 1}" if count else "none; use --device cpu"
+        raise UserError(f"--device {name}: this machine has no such CUDA device (there: {there})")
+    return device
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch on every device."""
+    import numpy
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def enable_determinism() -> None:
+    """Deterministic GPU kernels, so that a run repeats bit for bit on the same card."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on."""
+    names = ("torch", "transformers", "datasets", "pytorch-optimizer", "safetensors", "tokenizers", "wandb")
+    versions = {"python": sys.version.split()[0]}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def format_duration(seconds: float) -> str:
+    """`2d 03:04:05`, `3:04:05` or `4:05`."""
+    if not math.isfinite(seconds):
+        return "?"
+    whole = int(seconds)
+    days, rest = divmod(whole, 86400)
+    hours, minutes, left = rest // 3600, rest // 60 % 60, rest % 60
+    if days:
+        return f"{days}d {hours:02}:{minutes:02}:{left:02}"
+    return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
+
+
+def format_line(figures: dict[str, Any]) -> str:
+    """The log line of one interval, from the loop's figures."""
+    get = figures.get
+    parts = [
+        f"{get('stage')} {get('stage_step')}/{get('stage_total')}",
+        f"step {get('train/optimizer_step')}",
+        f"loss {get('train/loss', math.nan):.4f}",
+    ]
+    if "train/kl" in figures:
+        parts += [f"KL {figures['train/kl']:.4f}", f"top-1 {figures['train/top1_agreement']:.1%}"]
+    return ", ".join(
+        [
+            *parts,
+            f"lr {get('train/lr', math.nan):.2e}",
+            f"grad norm {get('train/grad_norm', math.nan):.3g}",
+            f"{get('train/tokens_per_second', math.nan):,.0f} tokens/s",
+            f"{get('perf/step_seconds', math.nan):.2f} s/step",
+            f"ETA {format_duration(get('perf/eta_seconds', math.nan))}",
+            f"{get('perf/peak_memory_gib', math.nan):.1f} GiB",
+        ]
+    )
+
+
+class ProgressBar:
+    """A tqdm bar on a terminal; nothing at all elsewhere, so that a nohup log stays clean lines."""
+
+    def __init__(self, enabled: bool | None = None):
+        self.enabled = sys.stderr.isatty() if enabled is None else enabled
+        self.bar: Any = None
+
+    def show(self, figures: dict[str, Any]) -> None:
+        if not self.enabled:
+            return
+        from tqdm import tqdm
+
+        if self.bar is None or self.bar.desc != figures["stage"]:
+            self.close()
+            self.bar = tqdm(desc=figures["stage"], total=figures["stage_total"], unit="step", dynamic_ncols=True)
+        self.bar.n = figures["stage_step"]
+        self.bar.refresh()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class Tracker:
+    """Where figures go: `metrics.jsonl` always, W&B if asked for, the progress bar on a terminal."""
+
+    def __init__(
+        self,
+        output_dir: Path,
+        *,
+        wandb_enabled: bool = False,
+        config: dict[str, Any] | None = None,
+        project: str = "llamba-distill",
+        run_name: str | None = None,
+        entity: str | None = None,
+        mode: str = "online",
+        run_id: str | None = None,
+        main_process: bool = True,
+    ):
+        self.path = output_dir / "metrics.jsonl"
+        self.main_process = main_process
+        self.bar = ProgressBar(None if main_process else False)
+        self.wandb: Any = None
+        if main_process:
+            output_dir.mkdir(parents=True, exist_ok=True)
+        if wandb_enabled and main_process:
+            self.wandb = start_wandb(output_dir, config or {}, project, run_name, entity, mode, run_id)
+        self.run_id = self.wandb.id if self.wandb is not None else run_id
+
+    def log(self, figures: dict[str, Any], *, step: int) -> None:
+        """One line of metrics.jsonl (non-finite numbers become null) and one W&B row."""
+        if not self.main_process:
+            return
+        row = {"step": step, **figures}
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(clean) + "\n")
+        except OSError as error:
+            log.warning("metrics.jsonl could not be written: %s", error)
+        if "stage_step" in figures:
+            self.bar.show(figures)
+        shown = {k: v for k, v in figures.items() if "/" in k}
+        self._wandb(lambda run: run.log({**shown, "train/optimizer_step": step}))
+
+    def truncate_after(self, step: int) -> None:
+        """Drop lines after an optimizer step: a resumed run writes them again."""
+        if not self.main_process or not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line).get("step", 0) <= step:
+                    kept.append(line + "\n")
+            except ValueError:
+                log.warning("metrics.jsonl: a line that was cut off is dropped")
+        draft = self.path.with_suffix(".tmp")
+        draft.write_text("".join(kept), encoding="utf-8")
+        os.replace(draft, self.path)
+
+    def mark_stage(self, stage: str, step: int) -> None:
+        """Note where a stage begins."""
+        self.log({"stage_begins": stage, "stage": stage}, step=step)
+        self._wandb(lambda run: run.summary.update({f"{stage}/first_step": step}))
+
+    def summary(self, figures: dict[str, Any]) -> None:
+        """Values of the whole run: parameter counts, steps of each stage."""
+        self._wandb(lambda run: run.summary.update(figures))
+
+    def table(self, name: str, columns: list[str], rows: list[list[Any]], *, step: int) -> None:
+        """A table, such as sample generations, in metrics.jsonl and in W&B."""
+        self.log({"table": name, "columns": columns, "rows": rows}, step=step)
+
+        def send(run: Any) -> None:
+            import wandb
+
+            run.log({name: wandb.Table(columns=columns, data=rows), "train/optimizer_step": step})
+
+        self._wandb(send)
+
+    def _wandb(self, send: Any) -> None:
+        """Training outlives W&B: a failure to report is one warning, and reporting ends."""
+        if self.wandb is None:
+            return
+        try:
+            send(self.wandb)
+        except Exception as error:  # whatever the client raises, the run goes on
+            log.warning("W&B stopped: %s: %s; figures go on in %s", type(error).__name__, error, self.path)
+            self.wandb = None
+
+    def close(self) -> None:
+        self.bar.close()
+        self._wandb(lambda run: run.finish())
+
+
+def start_wandb(
+    folder: Path,
+    config: dict[str, Any],
+    project: str,
+    name: str | None,
+    entity: str | None,
+    mode: str,
+    run_id: str | None,
+) -> Any:
+    """A W&B run, the same one when `run_id` is given, with axes by optimizer step and tokens."""
+    import wandb
+
+    run = wandb.init(
+        dir=os.environ.get("WANDB_DIR", str(folder)),
+        project=os.environ.get("WANDB_PROJECT", project),
+        entity=os.environ.get("WANDB_ENTITY", entity),
+        name=os.environ.get("WANDB_NAME", name),
+        mode=os.environ.get("WANDB_MODE", mode),
+        id=run_id,
+        resume="allow" if run_id else None,
+        config=config,
+    )
+    run.define_metric("train/optimizer_step")
+    run.define_metric("train/tokens")
+    for panel in ("train", "eval", "perf", "data", "layers", "samples"):
+        run.define_metric(f"{panel}/*", step_metric="train/optimizer_step")
+    return run
