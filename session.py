@@ -20,9 +20,12 @@ from checkpoints import (
     rng_state,
     set_rng_state,
 )
+from evaluate import held_out_figures
+from model_card import model_card
 from model_utils import frozen_names
+from plot_metrics import plot_runs
 from run_control import SaveClock, StopSignals, mask_secrets
-from stages import Models, total_steps
+from stages import Models, held_out_batches, total_steps
 from text_sources import DataStreamLost
 from trainer import Progress, Services, Stage, TooManyBadSteps
 from utils import Tracker, format_line, library_versions
@@ -40,41 +43,40 @@ class Session:
         self.progress = Progress()
         self.clock = SaveClock(args.save_minutes)
         self.models: Models | None = None
-        self.micro_steps_since_save = 0
         self.finished = False
         self.trainer_state: dict[str, Any] = {}
         self.resumed_from = self.store.resolve(args.resume)
-        self.wandb_id: str | None = None
-        if self.resumed_from is not None:
-            self._read(self.resumed_from)
+        self.micro_steps_saved = 0
+        wandb_id = self._read(self.resumed_from) if self.resumed_from is not None else None
         self.tracker = Tracker(
             self.output_dir,
-            wandb_enabled=args.wandb,
+            wandb_enabled=args.wandb and not self.finished,
             config=mask_secrets(vars(args)),
             project=args.wandb_project,
             run_name=args.wandb_run_name,
             entity=args.wandb_entity,
             mode=args.wandb_mode,
-            run_id=self.wandb_id,
+            run_id=wandb_id,
         )
-        if self.resumed_from is not None:
-            self.tracker.truncate_after(self.progress.optimizer_step)
+        if not self.finished:
+            self.tracker.truncate_after(self.progress.optimizer_step if self.resumed_from else -1)
 
-    def _read(self, folder: Path) -> None:
+    def _read(self, folder: Path) -> str | None:
+        """Take up a checkpoint: check its flags, read where it stands; returns its W&B run id."""
         metadata = read_metadata(folder)
         changed = changed_flags(metadata["flags"], vars(self.args))
         if changed and not self.args.resume_force:
             raise UserError(
-                f"--resume {folder.name}: these flags differ from the checkpoint's: {'; '.join(changed)} "
-                "(--resume_force goes on all the same, --resume none starts anew in another --output_dir)"
+                f"--resume: {folder} was made with other flags: {'; '.join(changed)} "
+                "(--resume_force goes on all the same; a new --output_dir starts anew)"
             )
         self.finished = metadata.get("finished", False)
-        self.wandb_id = metadata.get("wandb_run_id")
-        if self.finished:
-            return
-        self.trainer_state = read_trainer_state(folder)
-        self.progress = Progress(**metadata["progress"], loader=self.trainer_state["loader"])
-        log.info("resuming from %s: %s, optimizer step %d", folder, self.progress.stage, self.progress.optimizer_step)
+        if not self.finished:
+            self.trainer_state = read_trainer_state(folder)
+            self.progress = Progress(**metadata["progress"], loader=self.trainer_state["loader"])
+            self.micro_steps_saved = self.progress.micro_step
+            log.info("resuming %s: %s, step %d", folder, self.progress.stage, self.progress.optimizer_step)
+        return metadata.get("wandb_run_id")
 
     @property
     def student_source(self) -> str:
@@ -95,8 +97,19 @@ class Session:
             return self.progress.stage_total
         return total_steps(self.args, name, tokenizer)
 
+    def begin(self) -> None:
+        """Tell W&B the sizes, and take the held-out figures before the first step."""
+        assert self.models is not None
+        parameters = list(self.models.student.parameters())
+        trainable = sum(p.numel() for p in parameters if p.requires_grad)
+        frozen = sum(p.numel() for p in parameters) - trainable
+        self.tracker.summary({"parameters/trainable": trainable, "parameters/frozen": frozen})
+        if self.resumed_from is None and self.args.eval_dataset:
+            self.log_metrics(self.progress, self.evaluate(self.progress))
+
     def enter(self, stage: Stage) -> None:
         """Begin a stage anew, or put an interrupted one back where it stood."""
+        self.tracker.summary({f"{stage.name}/steps": stage.total_steps})
         if self.progress.stage != stage.name or not self.trainer_state:
             self.progress.begin(stage.name, stage.total_steps)
             self._align(stage)
@@ -121,6 +134,7 @@ class Session:
             log.warning("--resume_step aligns the log and the schedule only; data starts anew")
 
     def services(self) -> Services:
+        """What the loop calls."""
         args = self.args
         return Services(
             log_metrics=self.log_metrics,
@@ -128,7 +142,9 @@ class Session:
             save_due=self.save_due,
             stop_requested=lambda: self.signals.stop_requested,
             save_requested=self.signals.take_save_request,
+            evaluate=self.evaluate if args.eval_dataset else None,
             log_interval=args.log_interval,
+            eval_interval=args.eval_interval,
             max_bad_steps=args.max_bad_steps,
             save_before_raising=(TooManyBadSteps, DataStreamLost),
         )
@@ -136,24 +152,50 @@ class Session:
     def log_metrics(self, progress: Progress, figures: dict[str, Any]) -> None:
         if "train/loss" in figures:
             log.info(format_line(figures))
+        elif "eval/kl" in figures:
+            log.info(
+                "held out: KL %.4f, top-1 %.1f%%, perplexity ratio %.3f",
+                figures["eval/kl"],
+                100 * figures["eval/top1_agreement"],
+                figures["eval/perplexity_ratio"],
+            )
         self.tracker.log(figures, step=progress.optimizer_step)
 
-    def save_due(self, progress: Progress, micro_steps: int) -> bool:
+    def evaluate(self, progress: Progress) -> dict[str, float]:
+        """Held-out figures as `eval/...`; a new best KL marks the next checkpoint as the one to keep."""
+        assert self.models is not None
+        models, args = self.models, self.args
+        batches = held_out_batches(args, args.eval_dataset, models.tokenizer)
+        figures = held_out_figures(models.student, models.teacher, batches, args.eval_tokens, models.device)
+        if figures["kl"] < progress.best.get("kl", float("inf")):
+            progress.best = {"kl": figures["kl"], "step": progress.optimizer_step}
+        return {f"eval/{name}": value for name, value in figures.items()}
+
+    def save_due(self, progress: Progress) -> bool:
         """True when `--save_interval` micro steps or `--save_minutes` have passed since the last save."""
-        self.micro_steps_since_save += micro_steps
-        return self.micro_steps_since_save >= self.args.save_interval or self.clock.due()
+        return progress.micro_step - self.micro_steps_saved >= self.args.save_interval or self.clock.due()
 
-    def save(self, progress: Progress, stage: Stage) -> bool:
+    def save(self, progress: Progress, stage: Stage) -> None:
         """Write `checkpoint-<step>`: whole state, so that a resumed run equals one never interrupted."""
-        self.micro_steps_since_save = 0
+        self.micro_steps_saved = progress.micro_step
+        name = f"checkpoint-{progress.optimizer_step}"
+        if progress.best.get("step") == progress.optimizer_step:
+            self.store.best = name
+        self._write(name, self._trainer_state(stage), finished=False)
         self.clock.restart()
-        return self._write(f"checkpoint-{progress.optimizer_step}", self._trainer_state(stage), finished=False)
 
-    def save_final(self) -> bool:
-        """Write `final`: the student alone, to be used, not resumed."""
-        return self._write("final", {}, finished=True)
+    def save_final(self) -> None:
+        """Write `final`: the student alone, to be used, not resumed; then the plot."""
+        self._write("final", {}, finished=True)
+        self.store.wait()
+        if not (self.output_dir / "final").exists():
+            raise UserError(f"--output_dir {self.output_dir}: the final model could not be written (see the log)")
+        try:
+            plot_runs([self.output_dir], self.output_dir / "loss.png")
+        except (OSError, ValueError) as error:
+            log.warning("loss.png could not be drawn: %s", error)
 
-    def _write(self, name: str, state: dict[str, Any], *, finished: bool) -> bool:
+    def _write(self, name: str, state: dict[str, Any], *, finished: bool) -> None:
         assert self.models is not None
         progress = self.progress.as_dict()
         progress.pop("loader")
@@ -164,7 +206,7 @@ class Session:
             "versions": library_versions(),
             "wandb_run_id": self.tracker.run_id,
         }
-        return self.store.save(
+        self.store.save(
             name,
             model=self.models.student,
             tokenizer=self.models.tokenizer,
@@ -172,6 +214,7 @@ class Session:
             metadata=metadata,
             frozen=frozen_names(self.models.student),
             dtype=self.models.dtype,
+            model_card=model_card(metadata),
         )
 
     def _trainer_state(self, stage: Stage) -> dict[str, Any]:

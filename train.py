@@ -47,6 +47,7 @@ def distill(args) -> int:
             names = session.stages_left(stages.stage_names(args))
             loaders = {name: stages.make_loader(args, name, tokenizer) for name in names}
             session.models = stages.build_models(args, session.student_source, tokenizer, devices)
+            session.begin()
             for name in names:
                 total = session.total_steps(name, tokenizer)
                 stage = stages.build_stage(args, name, session.models, loaders[name], total)

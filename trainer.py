@@ -91,7 +91,7 @@ class Services:
 
     log_metrics: Callable[[Progress, dict[str, Any]], None]
     save: Callable[[Progress, Stage], Any]
-    save_due: Callable[[Progress, int], bool] = lambda progress, micro_steps: False
+    save_due: Callable[[Progress], bool] = lambda progress: False
     stop_requested: Callable[[], bool] = lambda: False
     save_requested: Callable[[], bool] = lambda: False
     evaluate: Callable[[Progress], dict[str, float]] | None = None
@@ -260,7 +260,7 @@ def run_stage(stage: Stage, progress: Progress, services: Services) -> bool:
             _periodic(services, progress)
             if services.stop_requested() or _finished(stage, progress):
                 break
-            if services.save_due(progress, len(window)) or services.save_requested():
+            if services.save_due(progress) or services.save_requested():
                 _save(stage, progress, services, meter, watch)
         watch.flush()
     except services.save_before_raising:
