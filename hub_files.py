@@ -254,7 +254,7 @@ def _data_files(name: str, subset: str, revision: str | None) -> dict[Any, list[
         try:
             builder = load_dataset_builder(f"hf://datasets/{name}", revision=revision, **options)
         except DatasetNotFoundError as error:
-            raise (gated(name) if "gated" in str(error) else UserError(_one_line(error).partition(": ")[2])) from error
+            raise (gated(name) if "gated" in str(error) else UserError(" ".join(str(error).split()))) from error
         except (ValueError, FileNotFoundError) as error:
             if is_transient(error):
                 raise

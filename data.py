@@ -1,0 +1,255 @@
+"""Text sources -> PackedTextDataset -> batches, with a state that is small, exact and the same for every rank.
+
+There is one global order of sequences (`packing.py`); global batch k is rows [k*W*B, (k+1)*W*B) of it, of which rank
+r takes its B. Every rank tokenises the whole stream, so that no rank waits for another and none ends early: the last
+incomplete global batch is filled up with rows that do not count.
+"""
+
+import atexit
+import contextlib
+import itertools
+import logging
+import math
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from documents import BadDocument, DocumentEncoder
+from packing import PackedTextDataset, Sequence
+from pipeline import Background, Pipeline
+from row_readers import BadData, TextFile
+from text_sources import DataStreamLost, SourceSpec, open_source
+
+__all__ = [
+    "BadData",
+    "Batch",
+    "DataStreamLost",
+    "PackedTextDataset",
+    "SourceSpec",
+    "TextLoader",
+    "build_loader",
+    "estimate_steps_per_epoch",
+]
+
+log = logging.getLogger(__name__)
+
+SAMPLED_FILES = 8
+SAMPLED_PLACES = 4  # in each file that can be sought in
+SAMPLED_CHARACTERS = 1 << 21  # over all sampled files
+
+
+@dataclass
+class Batch:
+    """One micro batch of one rank."""
+
+    tokens: torch.Tensor  # int64 [B, T+1]; inputs [:, :-1], labels [:, 1:]
+    valid: torch.Tensor  # bool [B, T]: targets that count
+    position_ids: torch.Tensor | None  # int64 [B, T] under document_reset: place in the document, else None
+    document_ids: list[str]  # file:row of every document in it
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory."""
+        positions = None if self.position_ids is None else self.position_ids.pin_memory()
+        return replace(self, tokens=self.tokens.pin_memory(), valid=self.valid.pin_memory(), position_ids=positions)
+
+
+class TextLoader:
+    """Batches of one rank. Tokenises `prefetch` batches ahead in the background; 0 works in the caller's thread.
+
+    `state_dict()` is the state behind the last batch that was yielded, the same on every rank. Iterating again goes
+    on from there. `waited_seconds` is the time that the consumer waited for data; `stats` counts documents, tokens,
+    empty and bad rows up to the last batch.
+    """
+
+    def __init__(
+        self,
+        dataset: PackedTextDataset,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        document_reset: bool = False,
+        prefetch: int = 8,
+        pin_memory: bool = False,
+    ):
+        self.dataset, self.batch_size, self.rank, self.world_size = dataset, batch_size, rank, world_size
+        self.document_reset, self.prefetch = document_reset, prefetch
+        self.pin_memory = pin_memory and torch.cuda.is_available()
+        self.waited_seconds = 0.0
+        self.stop_requested: Callable[[], bool] | None = None  # asked while waiting: True ends the iteration
+        self.pipeline: Pipeline | None = None
+        _open_loaders.add(self)
+
+    @property
+    def stats(self) -> dict[str, float]:
+        return {**self.dataset.counters, "sequences": self.dataset.sequences, "waited_seconds": self.waited_seconds}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.dataset.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on behind the batch after which `state` was taken, whatever the world size was."""
+        self.close()
+        self.dataset.load_state_dict(state)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.close()
+        pipeline = self.pipeline = Pipeline()
+        self.dataset.source.patience.stop = pipeline.stop
+        threaded = self.prefetch > 0
+        batches: Any = self._batches(self.dataset.stream(pipeline if threaded else None))
+        if threaded:
+            batches = Background(pipeline, batches, self.prefetch, self._asked_to_stop)
+        try:
+            while True:
+                since = time.perf_counter()
+                item = next(batches, None)
+                self.waited_seconds += time.perf_counter() - since
+                if item is None:
+                    return
+                batch, last, count = item
+                self.dataset.advance(last, count)
+                yield batch
+        finally:
+            pipeline.close()
+
+    def _asked_to_stop(self) -> bool:
+        return self.stop_requested is not None and self.stop_requested()
+
+    def _batches(self, sequences: Iterator[Sequence]) -> Iterator[tuple[Batch, Sequence, int]]:
+        """(this rank's batch, last sequence of the global batch, number of sequences in it)."""
+        size = self.batch_size * self.world_size
+        mine = range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        while rows := list(itertools.islice(sequences, size)):
+            batch = self._collate([rows[i] if i < len(rows) else None for i in mine], rows[0])
+            yield (batch.pin_memory() if self.pin_memory else batch), rows[-1], len(rows)
+
+    def _collate(self, rows: list[Sequence | None], filler: Sequence) -> Batch:
+        real = [row or filler for row in rows]
+        lengths = torch.tensor([row.length if row else 0 for row in rows])
+        tokens = torch.stack([row.tokens for row in real])
+        positions = torch.stack([row.positions for row in real])
+        valid = torch.arange(1, tokens.shape[1]) < lengths[:, None]
+        if self.document_reset:
+            valid &= positions[:, 1:] != 0
+        names = list(dict.fromkeys(name for row in rows if row for name in row.documents))
+        return Batch(tokens, valid, positions[:, :-1].contiguous() if self.document_reset else None, names)
+
+    def close(self) -> None:
+        """Stop the background threads; the state stays, and iterating again goes on from it."""
+        if self.pipeline is not None:
+            self.pipeline.close()
+            self.pipeline = None
+
+
+_open_loaders: "weakref.WeakSet[TextLoader]" = weakref.WeakSet()
+
+
+@atexit.register
+def _close_loaders() -> None:
+    for loader in list(_open_loaders):
+        loader.close()
+
+
+def build_loader(
+    spec: SourceSpec,
+    tokenizer: Any,
+    *,
+    seq_length: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 42,
+    epochs: int | None = None,
+    document_reset: bool = False,
+    prefetch: int = 8,
+    pin_memory: bool = False,
+) -> TextLoader:
+    """The loader of a text source; `epochs` None is endless. Nothing runs in the background until it is iterated.
+
+    Raises `UserError` for a source, split or column that is not there, or less text than one sequence; `BadData`
+    (a `UserError`) and `DataStreamLost` when the first documents cannot be read. Both may come while iterating.
+    """
+    dataset = PackedTextDataset(spec, tokenizer, seq_length=seq_length, seed=seed, epochs=epochs)
+    return TextLoader(
+        dataset,
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+        document_reset=document_reset,
+        prefetch=prefetch,
+        pin_memory=pin_memory,
+    )
+
+
+def estimate_steps_per_epoch(spec: SourceSpec, tokenizer: Any, *, seq_length: int, sequences_per_step: int) -> int:
+    """Optimizer steps of one pass, from the tokens per stored byte in a sample of up to 8 files."""
+    tokens = estimate_tokens(spec, tokenizer)
+    return max(1, math.ceil(tokens / ((seq_length + 1) * sequences_per_step)))
+
+
+def estimate_tokens(spec: SourceSpec, tokenizer: Any) -> float:
+    """Tokens of one pass over a source, separators included, estimated from a sample of up to 8 files."""
+    source = open_source(spec)
+    encoder = DocumentEncoder(tokenizer, source.chat)
+    count = len(source.files)
+    chosen = sorted({round(i * (count - 1) / (SAMPLED_FILES - 1)) for i in range(SAMPLED_FILES)})
+    tokens = 0.0
+    for index in chosen:
+        tokens += _tokens_of_file(source.files[index], source.column, encoder, SAMPLED_CHARACTERS // len(chosen))
+    if len(chosen) == count:
+        return tokens
+    sizes = [file.size() for file in source.files]
+    return tokens * sum(sizes) / max(1, sum(sizes[index] for index in chosen))
+
+
+def _tokens_of_file(file: TextFile, column: str, encoder: DocumentEncoder, characters: int) -> float:
+    """Tokens per row (JSON: per byte) of samples at several places of a file, times its rows (bytes)."""
+    handles: list[Any] = []
+
+    def opened() -> Any:
+        handles.append(file.open())
+        return handles[-1]
+
+    rows, size = file.row_count(), file.size()
+    total = size if rows is None else rows
+    places = SAMPLED_PLACES if rows is not None or (file.format == "jsonl" and not file.compressed) else 1
+    tokens = units = 0
+    for place in range(places):
+        first, last = place * total // places, (place + 1) * total // places
+        start = (first, 0) if rows is not None else (0, first)
+        items: Any = replace(file, open=opened).rows(column, *start)
+        limit = None if file.compressed else last
+        more_tokens, more_units, whole = _sample(items, encoder, first, limit, characters // places, rows is not None)
+        tokens, units = tokens + more_tokens, units + more_units
+        if file.compressed:  # bytes count decompressed: all of them, or in proportion to what was read of the file
+            total = units if whole else round(units * size / max(1, handles[-1].tell()))
+        items.close()
+    return tokens * total / max(1, units)
+
+
+def _sample(
+    items: Any, encoder: DocumentEncoder, at: int, last: int | None, characters: int, by_rows: bool
+) -> tuple[int, int, bool]:
+    """(tokens, units read, whether all up to `last` was read); a line begun in its middle counts as neither."""
+    segments: list[Any] = []
+    units, whole = 0, True
+    for item in items:
+        if characters <= 0 or (last is not None and at >= last):
+            whole = characters > 0
+            break
+        after = item.next_row if by_rows else item.next_offset
+        if not isinstance(item.value, BadData):
+            units += after - at
+            with contextlib.suppress(BadDocument):
+                document = encoder.segments(item.value)
+                segments += document
+                characters -= sum(len(part) for part in document)
+        at = after
+    known = sum(len(part) for part in segments if not isinstance(part, str))
+    texts = [part for part in segments if isinstance(part, str)]
+    return known + sum(map(len, encoder.encode(texts))), units, whole

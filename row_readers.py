@@ -1,0 +1,273 @@
+"""Rows of parquet, Arrow, JSON and gzipped JSON files, from any position that was reached before.
+
+A position is (row, offset): the row's number in its file and, for JSON, its byte offset in the (decompressed) text.
+Parquet seeks to the row group, JSON to the byte; a gzip file cannot be sought in, so it alone is decompressed
+again from its start. What cannot be read becomes a `BadData` in the row's place, with file and position named.
+"""
+
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from arguments import UserError
+
+END = -1  # as a position's row: nothing is left in this file
+GROUP_BYTES = 1 << 24  # of decoded column held at a time
+MOST_ROWS = 1024  # rows decoded at a time
+BUFFER_BYTES = 1 << 22  # of file read at a time
+PEEKED_ROWS = 100  # rows of a JSON file that are looked at to learn its columns
+
+
+class BadData(UserError):
+    """A row, or the rest of a file, that cannot be read; the message names the file and the position."""
+
+
+class Row(NamedTuple):
+    """One row of one column, and the position behind it."""
+
+    value: Any  # the column's value (str, list, ... or None), or BadData
+    row: int
+    next_row: int  # END after the last row that can be read
+    next_offset: int
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A data file, local or on the Hub: `open` gives a seekable binary handle."""
+
+    name: str
+    open: Callable[[], Any] = field(compare=False)
+    stamp: str = ""  # changes when the content does (size; on the Hub the commit stands for all files)
+    written: str = ""  # where and when a local file was written
+
+    @property
+    def format(self) -> str:
+        """One of parquet, arrow, jsonl, json; raises `UserError` for any other ending."""
+        found = data_format(self.name)
+        if found is None:
+            raise UserError(f"{self.name}: not a format that can be read (parquet, jsonl, jsonl.gz, json, arrow)")
+        return found
+
+    @property
+    def compressed(self) -> bool:
+        return self.name.endswith(".gz")
+
+    def size(self) -> int:
+        """Bytes of the file as stored."""
+        with self.open() as handle:
+            return handle.seek(0, io.SEEK_END)
+
+    def row_count(self) -> int | None:
+        """Rows according to a parquet file's footer; None for other formats. Raises `BadData` without a footer."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if self.format != "parquet":
+            return None
+        with self.open() as handle:
+            try:
+                return pq.read_metadata(handle).num_rows
+            except (pa.ArrowException, OSError) as error:
+                raise self.bad(error, 0) from error
+
+    def rows(self, column: str, row: int = 0, offset: int = 0) -> Iterator[Row]:
+        """The column's rows from a position on; never raises for bad content, which is yielded as `BadData`."""
+        if row == END:
+            return iter(())
+        readers = {"parquet": _parquet_rows, "arrow": _arrow_rows}
+        return readers.get(self.format, _json_rows)(self, column, row, offset)
+
+    def bad(self, error: object, row: int, offset: int | None = None) -> BadData:
+        """A `BadData` that names this file and the position."""
+        place = f"row {row + 1}" if offset is None else f"line {row + 1} (byte {offset})"
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        return BadData(f"{self.name}: {place}: {reason} (--on_bad_data skip passes over it)")
+
+
+def data_format(name: str) -> str | None:
+    """The format that a file's name ends in, None for files that hold no data."""
+    match = re.search(r"\.(parquet|arrow|jsonl|json)(\.gz)?$", name, re.IGNORECASE)
+    if match is None or (match[2] and match[1].lower() in ("parquet", "arrow")):
+        return None
+    return match[1].lower()
+
+
+def column_types(file: TextFile) -> dict[str, str]:
+    """Names and types of a file's columns (of a JSON file, those of its first rows, without types).
+
+    Raises `BadData` when the file cannot be opened as what its name says.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if file.format in ("parquet", "arrow"):
+        try:
+            with file.open() as handle:
+                schema = pq.read_schema(handle) if file.format == "parquet" else pa.ipc.open_stream(handle).schema
+        except (pa.ArrowException, OSError) as error:
+            raise file.bad(error, 0) from error
+        return {name: str(schema.field(name).type) for name in schema.names}
+    names: dict[str, str] = {}
+    for count, row in enumerate(_json_rows(file, None, 0, 0)):
+        if isinstance(row.value, BadData) and not names:
+            raise row.value
+        if count >= PEEKED_ROWS or isinstance(row.value, BadData):
+            break
+        names |= dict.fromkeys(row.value, "")
+    return names
+
+
+def _parquet_rows(file: TextFile, column: str, row: int, offset: int) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with file.open() as handle:
+        try:
+            reader = pq.ParquetFile(handle, buffer_size=BUFFER_BYTES)
+            if column not in reader.schema_arrow.names:
+                raise pa.ArrowInvalid(f"no column {column}")
+        except (pa.ArrowException, OSError) as error:
+            yield Row(file.bad(error, 0), 0, END, 0)
+            return
+        first = 0
+        for group in range(reader.num_row_groups):
+            last = first + reader.metadata.row_group(group).num_rows
+            if row < last:
+                yield from _group_rows(file, reader, group, column, row, first, last)
+                row = last
+            first = last
+
+
+def _group_rows(file: TextFile, reader, group: int, column: str, row: int, first: int, last: int) -> Iterator[Row]:
+    """Rows of one row group [first, last) from `row` on; an unreadable rest of it is one `BadData`."""
+    import pyarrow as pa
+
+    size = sum(
+        chunk.total_uncompressed_size
+        for chunk in map(reader.metadata.row_group(group).column, range(reader.metadata.num_columns))
+        if chunk.path_in_schema.partition(".")[0] == column
+    )
+    count = max(1, min(MOST_ROWS, GROUP_BYTES * (last - first) // max(size, 1)))
+    batches = reader.iter_batches(count, row_groups=[group], columns=[column], use_threads=False)
+    position = first
+    while True:
+        try:
+            batch = next(batches, None)
+        except (pa.ArrowException, OSError) as error:
+            yield Row(file.bad(error, max(position, row)), max(position, row), last, 0)
+            return
+        if batch is None:
+            return
+        start = max(row - position, 0)
+        yield from _array_rows(file, batch.column(0).slice(start), position + start)
+        position += batch.num_rows
+
+
+def _array_rows(file: TextFile, array: Any, row: int) -> Iterator[Row]:
+    try:
+        values = array.to_pylist()
+    except UnicodeDecodeError:
+        values = [_decoded(file, value, row + i) for i, value in enumerate(array)]
+    for index, value in enumerate(values, row):
+        yield Row(value, index, index + 1, 0)
+
+
+def _decoded(file: TextFile, scalar: Any, row: int) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return file.bad(f"invalid UTF-8: {error}", row)
+
+
+def _arrow_rows(file: TextFile, column: str, row: int, offset: int) -> Iterator[Row]:
+    import pyarrow as pa
+
+    with file.open() as handle:
+        first = 0
+        try:
+            for batch in pa.ipc.open_stream(handle):
+                if row < first + batch.num_rows:
+                    start = max(row - first, 0)
+                    yield from _array_rows(file, batch.column(column).slice(start), first + start)
+                first += batch.num_rows
+        except (pa.ArrowException, OSError, KeyError) as error:
+            yield Row(file.bad(error, first), first, END, 0)
+
+
+def _json_rows(file: TextFile, column: str | None, row: int, offset: int) -> Iterator[Row]:
+    """Rows of JSON lines or of one JSON array; `column` None gives whole records."""
+    with file.open() as handle:
+        raw = gzip.GzipFile(fileobj=handle) if file.compressed else handle
+        stream = io.BufferedReader(raw, BUFFER_BYTES)
+        try:
+            is_array = file.format == "json" and stream.peek(64).lstrip()[:1] == b"["
+            stream.seek(offset)
+            records = _array_records(stream, offset) if is_array else _line_records(stream, offset)
+            for start, stop, record in records:
+                offset = stop
+                if record.strip():
+                    yield Row(_parsed(file, record, column, row, start), row, row + 1, stop)
+                row += 1
+        except (EOFError, gzip.BadGzipFile, zlib.error, _BrokenArray) as error:
+            yield Row(file.bad(error, row, offset), row, END, 0)
+
+
+def _line_records(stream: Any, offset: int) -> Iterator[tuple[int, int, bytes]]:
+    for line in stream:
+        yield offset, offset + len(line), line
+        offset += len(line)
+
+
+class _BrokenArray(ValueError):
+    """The text is no JSON array any more."""
+
+
+def _array_records(stream: Any, offset: int) -> Iterator[tuple[int, int, bytes]]:
+    """Elements of one JSON array, read piece by piece (OpenHermes-2.5 is one array of 2 GB).
+
+    JSON's structure is ASCII, so that decoding as latin-1 finds the elements with one character a byte.
+    """
+    scan = json.JSONDecoder(strict=False).raw_decode
+    gap = re.compile(r"[\s,\[]*")
+    text, at, wanted = "", 0, BUFFER_BYTES
+    while True:
+        at = gap.match(text, at).end()  # type: ignore[union-attr]
+        stop = None
+        if at < len(text):
+            if text[at] == "]":
+                return
+            try:
+                stop = scan(text, at)[1]
+            except json.JSONDecodeError as error:
+                if not _is_cut(error, text):
+                    raise _BrokenArray(error.msg) from None
+        if stop is not None and stop < len(text):
+            yield offset + at, offset + stop, text[at:stop].encode("latin-1")
+            at = stop
+            continue
+        more = stream.read(wanted)
+        if not more:
+            raise _BrokenArray("the file ends inside its array")
+        wanted = BUFFER_BYTES if stop is None and at == len(text) else 2 * wanted
+        offset, text, at = offset + at, text[at:] + more.decode("latin-1"), 0
+
+
+def _is_cut(error: json.JSONDecodeError, text: str) -> bool:
+    return error.pos >= len(text) - 16 or error.msg.startswith("Unterminated string")
+
+
+def _parsed(file: TextFile, record: bytes, column: str | None, row: int, offset: int) -> Any:
+    try:
+        value = json.loads(record)
+    except UnicodeDecodeError as error:
+        return file.bad(f"invalid UTF-8: {error}"[:200], row, offset)
+    except (ValueError, RecursionError) as error:
+        return file.bad(f"not JSON: {error}", row, offset)
+    if not isinstance(value, dict):
+        return file.bad(f"not a JSON object but {type(value).__name__}", row, offset)
+    return value if column is None else value.get(column)
