@@ -31,7 +31,7 @@ tags: [mamba2, llamba, distillation]
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("<this folder>", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("<this folder>")
+tokenizer = AutoTokenizer.from_pretrained("<this folder>", trust_remote_code=True)
 ```
 
 The licences of the teacher and of the text apply to this model.

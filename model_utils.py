@@ -49,11 +49,11 @@ DROPPED = tuple(
 )
 
 
-def load_config(name: str, *, local_files_only: bool = False) -> Any:
+def load_config(name: str, *, config_class: Any = AutoConfig, local_files_only: bool = False) -> Any:
     """The configuration of a hub id or local folder; a `UserError` names what is missing."""
     _require_model_folder(name)
     try:
-        return AutoConfig.from_pretrained(name, local_files_only=local_files_only)
+        return config_class.from_pretrained(name, local_files_only=local_files_only)
     except (OSError, ValueError) as error:
         raise UserError(_load_failure("configuration", name, local_files_only, error)) from error
 

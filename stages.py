@@ -29,7 +29,7 @@ from model_utils import (
     share_frozen_weights,
     transfer_teacher_weights,
 )
-from models import LlambaForCausalLM
+from models import LlambaConfig, LlambaForCausalLM
 from optimizer import build_optimizer, build_schedule
 from trainer import DeviceBatch, DistillationStep, Stage, kd_micro_step
 
@@ -59,7 +59,8 @@ def check_inputs(args: argparse.Namespace, student_source: str) -> Any:
     if args.seq_length > longest:
         raise UserError(f"--seq_length {args.seq_length}: the teacher has {longest} positions; use at most that many")
     if student_source != FROM_TEACHER:
-        check_pair(load_config(student_source, local_files_only=local), teacher, student_source)
+        student = load_config(student_source, config_class=LlambaConfig, local_files_only=local)
+        check_pair(student, teacher, student_source)
     check_layers(args.layers, teacher.num_hidden_layers)
     return get_tokenizer(args.teacher_model, local_files_only=local)
 
