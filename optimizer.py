@@ -187,25 +187,28 @@ class AdamW8bit(MasterAdamW):
                 continue
             device = local(blocked[0]).device
             scale, found = self._controls(device)
-            rate = torch.tensor([group["lr"], group["weight_decay"]], device=device)
             states = [self._block_state(p) for p in blocked]
-            torch._foreach_add_([state["step"] for state in states], 1 - found)
-            for p, state in zip(blocked, states):
-                self._update_blocks(local(p.detach()), local(p.grad), state, rate, scale, found)
+            steps = [state["step"] for state in states]
+            torch._foreach_add_(steps, 1 - found)
+            scalars = step_scalars(torch.stack(steps), group["lr"], group["weight_decay"], scale)
+            for p, state, row in zip(blocked, states, scalars.unbind()):
+                self._update_blocks(local(p.detach()), local(p.grad), state, row, found)
 
     def _update_blocks(
-        self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], rate: Tensor, scale: Tensor, found: Tensor
+        self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], scalars: Tensor, found: Tensor
     ) -> None:
         block = state["m"].shape[1]
         flat = [weight.view(-1, block), grad.reshape(-1, block)]
         flat.append(state["low"].view(-1, block) if "low" in state else flat[0])
         flat += [state[name] for name in ("m", "m_scale", "v", "v_scale")]
         if self.compile:
-            _compiled_update()(*flat, state["step"], rate, scale, found)
+            for tensor in flat:
+                torch._dynamo.mark_dynamic(tensor, 0)
+            _compiled_update()(*flat, scalars, found)
             return
         rows = max(1, EAGER_SLICE // block)  # so that the float32 temporaries stay small
         for start in range(0, flat[0].shape[0], rows):
-            update_blocks(*(tensor[start : start + rows] for tensor in flat), state["step"], rate, scale, found)
+            update_blocks(*(tensor[start : start + rows] for tensor in flat), scalars, found)
 
     def _block_state(self, p: nn.Parameter) -> dict[str, Tensor]:
         state = self.state[p]
@@ -236,8 +239,23 @@ def block_length(tensor: Tensor) -> int | None:
 
 @functools.cache
 def _compiled_update() -> Callable[..., None]:
-    """One compiled update for every shape: only the number of blocks varies, and it is marked dynamic."""
-    return torch.compile(update_blocks, dynamic=True)
+    """One compiled kernel for every shape: only the number of blocks varies, and it alone is marked dynamic.
+
+    With a block's length known, inductor reads and writes everything once, in one kernel without temporaries.
+    """
+    return torch.compile(update_blocks)
+
+
+def step_scalars(steps: Tensor, lr: float, weight_decay: float, scale: Tensor) -> Tensor:
+    """[lr, 1 - lr * weight_decay, 1 / scale, 1 / (1 - beta1^k), (1 - beta2^k)^-0.5] for each step k of `steps` [n]."""
+    rows = [
+        torch.full_like(steps, lr),
+        torch.full_like(steps, 1 - lr * weight_decay),
+        (1 / scale).expand_as(steps),
+        1 / (1 - BETAS[0] ** steps),
+        (1 - BETAS[1] ** steps).rsqrt(),
+    ]
+    return torch.stack(rows, dim=1)
 
 
 def update_blocks(
@@ -248,27 +266,24 @@ def update_blocks(
     m_scale: Tensor,
     v: Tensor,
     v_scale: Tensor,
-    step: Tensor,
-    rate: Tensor,
-    scale: Tensor,
+    scalars: Tensor,
     found: Tensor,
 ) -> None:
     """One AdamW update of blocks [n, w] in place; where `found` is 1 everything stays as it is.
 
     weight bf16 with low int16, or float32 (then `low` is the weight itself); m int8 and v uint8 with float32 scales
-    [n, 1]; step, scale, found 0-d; rate [lr, weight_decay].
+    [n, 1]; scalars as `step_scalars` makes them; found 0-d.
     """
+    lr, shrink, by_scale, by_correction1, by_root_correction2 = scalars.unbind()
     is_split = weight.dtype == torch.bfloat16
     master = join_master(weight, low) if is_split else weight
-    gradient = grad.to(torch.float32) / scale
+    gradient = grad.to(torch.float32) * by_scale
     first = decode(m, m_scale) * BETAS[0] + gradient * (1 - BETAS[0])
-    root = decode(v, v_scale)
-    second = root * root * BETAS[1] + gradient * gradient * (1 - BETAS[1])
-    correction1, correction2 = 1 - BETAS[0] ** step, 1 - BETAS[1] ** step
-    direction = (first / correction1) / ((second / correction2).sqrt() + EPS)
-    updated = master * (1 - rate[0] * rate[1]) - rate[0] * direction
+    old_root = decode(v, v_scale)
+    root = (old_root * old_root * BETAS[1] + gradient * gradient * (1 - BETAS[1])).sqrt()
+    updated = master * shrink - lr * (first * by_correction1) / (root * by_root_correction2 + EPS)
     new_m, new_m_scale = encode(first, 127.0)
-    new_v, new_v_scale = encode(second.sqrt(), 255.0)
+    new_v, new_v_scale = encode(root, 255.0)
     keep = found > 0
     updated = torch.where(keep, master, updated)
     if is_split:
@@ -285,15 +300,17 @@ def update_blocks(
 
 def encode(values: Tensor, levels: float) -> tuple[Tensor, Tensor]:
     """Codes of values [n, w]: sign(x) sqrt(|x| / scale) * levels, rounded; the scale [n, 1] is the largest |x|."""
-    scales = values.abs().amax(-1, keepdim=True)
-    ratio = values / scales.clamp(min=1e-38)
-    return (ratio.sign() * ratio.abs().sqrt() * levels).round(), scales
+    size = values.abs()
+    scales = size.amax(-1, keepdim=True)
+    codes = (size * (1 / scales.clamp(min=1e-38))).sqrt() * levels
+    return torch.where(values < 0, -codes, codes).round(), scales
 
 
 def decode(codes: Tensor, scales: Tensor) -> Tensor:
     """The float32 values of 8-bit codes [n, w] with scales [n, 1]."""
-    root = codes.to(torch.float32) / (127.0 if codes.dtype == torch.int8 else 255.0)
-    return root * root.abs() * scales
+    wide = codes.to(torch.float32)
+    levels = 127.0 if codes.dtype == torch.int8 else 255.0
+    return wide * wide.abs() * (scales * (1 / levels**2))
 
 
 def build_schedule(
