@@ -220,13 +220,15 @@ def process_start(pid: int) -> str | None:
 
 
 MASK = "***"
-SECRET_WORDS = {"token", "secret", "password", "passwd", "key", "apikey", "credential", "credentials", "authorization"}
+SECRET_WORDS = set("token secret password passwd key apikey credential credentials authorization".split())
 COMMIT_WORDS = {"revision", "commit", "sha", "sha1", "hash"}  # 40 hex digits are an id there, not a W&B key
 SECRET_VALUE = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bwandb_v\d+_\w{16,}|\b(?:sk|pk)-[\w-]{16,}|\bgh[pousr]_\w{16,}|\bAKIA[A-Z0-9]{12,}"
     r"|(?<=://)[^/@\s:]*:[^/@\s]+(?=@)|(?i:(?<=\bbearer )\S+)"
 )
-SECRET_SETTING = re.compile(r"(?i)\b((?:\w*[_-])?(?:token|secret|password|passwd|api_?key)\s*[=:]\s*)(['\"]?)[^\s'\"&]{6,}")
+SECRET_SETTING = re.compile(
+    r"(?i)\b((?:\w*[_-])?(?:token|secret|password|passwd|api_?key)\s*[=:]\s*)(['\"]?)[^\s'\"&]{6,}"
+)
 HEX_KEY = re.compile(r"\b[0-9a-f]{40}\b")
 
 

@@ -1,0 +1,237 @@
+"""Faults while a checkpoint is written, and in what is found on the disk: real processes, real file systems."""
+
+import contextlib
+import os
+import random
+import resource
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_tools import METADATA, flip_bit, frozen_names, make_store, names_in, quick_processes, save, tiny_model
+from conftest import tiny_llama_config
+from transformers import LlamaForCausalLM
+
+from arguments import UserError
+from checkpoints import (
+    CheckpointStore,
+    read_metadata,
+)
+
+
+@pytest.fixture
+def model():
+    return tiny_model()
+
+
+# damage
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+DAMAGES = {
+    "truncated weights": (lambda f: truncate(f / "model.safetensors"), "model.safetensors has"),
+    "bit flipped in weights": (lambda f: flip_bit(f / "model.safetensors", -9), "model.safetensors is not what was"),
+    "bit flipped in state": (lambda f: flip_bit(f / "trainer_state.pt", 700), "trainer_state.pt is not what was"),
+    "truncated metadata": (lambda f: truncate(f / "training_state.json"), "training_state.json has"),
+    "file missing": (lambda f: (f / "trainer_state.pt").unlink(), "trainer_state.pt is missing"),
+    "manifest missing": (lambda f: (f / "manifest.json").unlink(), "manifest.json: No such file"),
+    "manifest truncated": (lambda f: truncate(f / "manifest.json"), "manifest.json is not JSON"),
+    "manifest of another kind": (lambda f: (f / "manifest.json").write_text("{}"), "not one of this toolkit"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damage_is_named_and_the_one_before_is_used(model, tmp_path, kind):
+    spoil, reason = DAMAGES[kind]
+    store = make_store(tmp_path)
+    save(store, "checkpoint-1", model)
+    save(store, "checkpoint-2", model)
+    spoil(tmp_path / "checkpoint-2")
+    assert make_store(tmp_path).resolve("auto") == tmp_path / "checkpoint-1"
+    assert store.newest() == tmp_path / "checkpoint-1"
+    assert len(store.log) == 1
+    assert "checkpoint-2 is passed over: " in store.log[0]
+    assert reason in store.log[0]
+    with pytest.raises(UserError, match="checkpoint-2"):
+        store.resolve(str(tmp_path / "checkpoint-2"))
+    assert save(store, "checkpoint-2", model)  # and is replaced when the run comes there again
+    assert store.newest() == tmp_path / "checkpoint-2"
+
+
+def test_resolve(model, tmp_path):
+    store = make_store(tmp_path / "run")
+    assert store.resolve("auto") is None
+    assert store.resolve("none") is None
+    with pytest.raises(UserError, match="no such folder"):
+        store.resolve(str(tmp_path / "nowhere"))
+    save(store, "checkpoint-1", model)
+    assert store.resolve("auto") == tmp_path / "run/checkpoint-1"
+    assert store.resolve(str(tmp_path / "run/checkpoint-1")) == tmp_path / "run/checkpoint-1"
+    with pytest.raises(UserError, match="already holds a run"):
+        store.resolve("none")
+    truncate(tmp_path / "run/checkpoint-1/trainer_state.pt")
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged"):
+        store.resolve("auto")
+
+
+# faults while saving
+
+
+def save_for_ever(folder: str, ready) -> None:
+    """A process that saves and prunes until it is killed."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny_llama_config(num_hidden_layers=1))
+    store = CheckpointStore(Path(folder), keep=2)
+    state = {"moments": [torch.randn(1_000_000) for _ in range(4)]}
+    step = max((int(p.name.split("-")[1]) for p in store.folder.checkpoints()), default=0)
+    while True:
+        step += 1
+        metadata = {**METADATA, "progress": {"optimizer_step": step}}
+        for name in (f"checkpoint-{step}", f"checkpoint-{step}"):  # every step twice: replacing is killed as well
+            assert save(store, name, model, trainer_state=state, metadata=metadata, frozen=frozen_names(model))
+            ready.set()
+
+
+def test_killed_at_random_moments_a_complete_checkpoint_is_left(tmp_path):
+    context = quick_processes()
+    rng = random.Random(5)
+    last = 0
+    for _ in range(10):
+        ready = context.Event()
+        process = context.Process(target=save_for_ever, args=(str(tmp_path), ready))
+        process.start()
+        assert ready.wait(60)
+        time.sleep(rng.uniform(0, 0.3))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        store = make_store(tmp_path)
+        newest = store.newest()
+        assert store.log == []  # the very newest is complete; nothing had to be passed over
+        step = read_metadata(newest)["progress"]["optimizer_step"]
+        assert step > last
+        last = step
+        assert newest.name == f"checkpoint-{step}"
+        assert all(name.startswith("checkpoint-") for name in names_in(tmp_path))
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, size: str = "40m"):
+    """A small file system of its own; skips the test where mounting is not permitted."""
+    folder.mkdir(exist_ok=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
+    if done.returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], capture_output=True)
+
+
+BIG = {"moments": torch.zeros(12_000_000)}  # 48 MB
+
+
+def test_too_little_space_is_seen_before_writing(model, tmp_path):
+    with mounted(tmp_path / "disk") as disk:
+        store = make_store(disk)
+        assert save(store, "checkpoint-1", model)
+        assert not save(store, "checkpoint-2", model, trainer_state={"moments": torch.zeros(9_000_000)})
+        assert "it needs 0.03 GiB and" in store.log[0]
+        assert "the last good one is checkpoint-1; the next interval tries again" in store.log[0]
+        assert save(store, "checkpoint-3", model)
+
+
+def test_a_disk_that_fills_up_in_mid_write(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("checkpoints.SPARE", -(1 << 40))  # passes the check, as if others filled the disk meanwhile
+    with mounted(tmp_path / "disk") as disk:
+        store = make_store(disk, keep=1)
+        assert save(store, "checkpoint-1", model)
+        assert not save(store, "checkpoint-2", model, trainer_state=BIG)
+        assert "checkpoint-2 was not saved (No space left on device)" in store.log[0]
+        assert names_in(disk) == ["checkpoint-1"]
+        assert store.newest() == disk / "checkpoint-1"
+        assert save(store, "checkpoint-3", model)
+        assert names_in(disk) == ["checkpoint-3"]
+
+
+def save_under_a_limit(folder: str, queue) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, 4_000_000))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    store = make_store(Path(folder))
+    model = LlamaForCausalLM(tiny_llama_config(num_hidden_layers=1))
+    outcomes = [save(store, "checkpoint-1", model), save(store, "checkpoint-2", model, trainer_state=BIG)]
+    queue.put((outcomes, list(store.log), names_in(Path(folder))))
+
+
+def test_a_write_that_fails_half_way(tmp_path):
+    """Needs no privileges: the kernel refuses to let a file grow over a limit."""
+    context = quick_processes()
+    queue = context.Queue()
+    process = context.Process(target=save_under_a_limit, args=(str(tmp_path), queue))
+    process.start()
+    outcomes, log, names = queue.get(timeout=60)
+    process.join()
+    assert outcomes == [True, False]
+    assert "checkpoint-2 was not saved (File too large)" in log[0]
+    assert names == ["checkpoint-1"]
+
+
+def test_a_read_only_file_system(model, tmp_path):
+    with mounted(tmp_path / "disk") as disk:
+        store = make_store(disk)
+        assert save(store, "checkpoint-1", model)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        assert not save(store, "checkpoint-2", model)
+        assert "Read-only file system" in store.log[0]
+        assert store.newest() == disk / "checkpoint-1"
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+        assert save(store, "checkpoint-3", model)
+
+
+def test_a_mount_that_vanished_is_not_replaced_by_the_disk_under_it(model, tmp_path):
+    with mounted(tmp_path / "disk") as disk:
+        store = make_store(disk)
+        assert save(store, "checkpoint-1", model)
+        subprocess.run(["umount", str(disk)], check=True)
+        assert not save(store, "checkpoint-2", model)
+        assert "is its mount gone?" in store.log[0]
+        assert names_in(disk) == []
+
+
+def test_a_folder_that_vanished(model, tmp_path):
+    store = make_store(tmp_path / "run")
+    assert save(store, "checkpoint-1", model)
+    (tmp_path / "run").rename(tmp_path / "away")
+    assert not save(store, "checkpoint-2", model)
+    assert "No such file or directory" in store.log[0]
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "away").rename(tmp_path / "run")
+    assert save(store, "checkpoint-3", model)
+
+
+def test_an_output_folder_that_is_a_file(model, tmp_path):
+    (tmp_path / "run").write_text("")
+    store = make_store(tmp_path / "run")
+    assert not save(store, "checkpoint-1", model)
+    assert "was not saved" in store.log[0]
+
+
+def test_every_file_is_synced_before_the_folder_gets_its_name(model, tmp_path, monkeypatch):
+    order = []
+    fsync, rename = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: (order.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd))[1])
+    monkeypatch.setattr(os, "rename", lambda a, b: (order.append(f"rename {b}"), rename(a, b))[1])
+    save(make_store(tmp_path), "checkpoint-1", model, frozen=frozen_names(model))
+    renamed = order.index(f"rename {tmp_path / 'checkpoint-1'}")
+    synced = {Path(path).name for path in order[:renamed]}
+    assert set(names_in(tmp_path / "checkpoint-1")) < synced
+    assert order[renamed - 2].endswith("manifest.json")
+    assert Path(order[renamed - 1]).name.startswith(".tmp-checkpoint-1")  # the folder itself
+    assert order[renamed + 1 :] == [str(tmp_path)]
