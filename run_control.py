@@ -278,7 +278,8 @@ class MaskingFilter(logging.Filter):
     """Masks secrets in every log line, and in the traceback that a record may carry."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = mask_secrets(record.getMessage()), ()
+        with contextlib.suppress(TypeError, ValueError):  # arguments that do not fit: the handler reports it
+            record.msg, record.args = mask_secrets(record.getMessage()), ()
         if record.exc_info and not record.exc_text:
             record.exc_text = mask_secrets(logging.Formatter().formatException(record.exc_info))
         return True
