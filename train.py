@@ -1,5 +1,6 @@
 """Distil a Llama teacher into a hybrid Mamba-2 student. `python train.py --help` lists every flag."""
 
+import argparse
 import logging
 import sys
 from collections.abc import Sequence
@@ -24,18 +25,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def distill(args) -> int:
-    """Parse -> build -> stages -> close."""
+def distill(args: argparse.Namespace) -> int:
+    """Parse -> check -> build -> stages -> close."""
     from pathlib import Path
 
     import stages
     from run_control import RunLock, StopSignals
     from session import Session
     from trainer import run_stage
-    from utils import check_device, seed_everything, setup_logging
+    from utils import check_device, enable_determinism, seed_everything, setup_logging
 
     setup_logging(args.log_file)
     devices = check_device(args.device), check_device(args.teacher_device or args.device)
+    if args.deterministic:
+        enable_determinism()
     seed_everything(args.seed)
     with RunLock(Path(args.output_dir)), StopSignals() as signals:
         session = Session(args, signals)
@@ -56,10 +59,30 @@ def distill(args) -> int:
                 if not run_stage(stage, session.progress, session.services()):
                     return signals.exit_code
             session.save_final()
+        except Exception as error:
+            return failure_status(error, args)
         finally:
             session.close()
         log.info("finished: %s", Path(args.output_dir) / "final")
     return 0
+
+
+def failure_status(error: Exception, args: argparse.Namespace) -> int:
+    """One line for what a run cannot go on from, and its exit status; anything unexpected is raised again."""
+    import torch
+
+    from text_sources import DataStreamLost
+    from trainer import TooManyBadSteps
+
+    if isinstance(error, torch.OutOfMemoryError):
+        from memory import oom_advice
+
+        log.error("out of memory: %s", oom_advice(args))
+        return 3
+    if isinstance(error, TooManyBadSteps | DataStreamLost):
+        log.error("stopped, with a checkpoint: %s", error)
+        return 4
+    raise error
 
 
 if __name__ == "__main__":
