@@ -5,6 +5,7 @@ Nothing here trusts a folder: every size is bounded by what the files hold, and 
 
 import json
 import math
+import re
 import stat
 import struct
 import zipfile
@@ -16,6 +17,7 @@ import torch
 from arguments import UserError
 from checkpoint_files import inside, plain_name, read_json
 
+PICKLES = re.compile(r"pytorch_model.*\.bin|trainer_state\.pt")  # those that are ever loaded
 LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 # name in a safetensors header -> bytes of one element
 ELEMENT_SIZES = {
@@ -44,7 +46,7 @@ def check_folder(folder: Path) -> None:
                 shapes |= read_safetensors_header(path)
             elif path.name.endswith(".index.json"):
                 _check_index(folder, path)
-            elif path.suffix in (".bin", ".pt", ".pth"):
+            elif PICKLES.fullmatch(path.name):
                 check_pickle(path)
         if shapes and (folder / "config.json").exists():
             _check_claims(read_json(folder / "config.json"), shapes)
