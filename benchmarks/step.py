@@ -1,0 +1,376 @@
+"""The distillation step on one device: tokens a second, peak memory, share of the matrix-product ceiling, parts.
+
+Both models are built from configurations with random weights; the step is `trainer.run_stage`, with the flags of
+`train.py`. Each shape (length x batch) is a configuration of its own; one that fails is reported and passed over.
+
+python benchmarks/step.py --preset 8b --freeze_mlp --plain --seq_length 4096 8192 --json step.jsonl
+Flags that are not listed by --help go to train.py's parser, such as --gradient_checkpointing or --optimizer.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import logging
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.remove(str(Path(__file__).resolve().parent))  # its names would hide others
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch.nn import functional as F
+
+import stages
+from acceleration import UpdateInBackward, accelerate, set_activation_checkpointing
+from arguments import parse_arguments
+from benchmarks.presets import Preset, preset, step_flops
+from benchmarks.profiling import host_waits, kernel_table
+from data import Batch
+from losses import dense_kd_loss
+from memory import MemoryEstimate, estimate_memory
+from model_utils import apply_replacements, as_teacher, freeze, share_frozen_weights, transfer_teacher_weights
+from models import LlambaForCausalLM
+from trainer import DeviceBatch, Progress, Services, Stage, run_stage
+
+GIB = 2**30
+PARTS = ("data", "teacher", "student", "loss", "backward", "optimizer")
+
+
+class Clock:
+    """Marks on the device's timeline; each names the part of the step that ends there."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.marks: list[tuple[str, Any]] = []
+
+    def mark(self, name: str) -> None:
+        if not self.cuda:
+            self.marks.append((name, time.perf_counter()))
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.marks.append((name, event))
+
+    def steps(self) -> list[dict[str, float]]:
+        """Milliseconds of each part, a whole step a row."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        rows: list[dict[str, float]] = []
+        row = dict.fromkeys(PARTS, 0.0)
+        for (_, before), (name, after) in itertools.pairwise(self.marks):
+            row[name] += before.elapsed_time(after) if self.cuda else 1000 * (after - before)
+            if name == "optimizer":
+                rows.append(row)
+                row = dict.fromkeys(PARTS, 0.0)
+        return rows
+
+
+class SyntheticLoader:
+    """Random tokens with a loader's face."""
+
+    def __init__(self, args: argparse.Namespace, vocabulary: int, micro_steps: int, clock: Clock):
+        self.clock, self.micro_steps, self.waited_seconds = clock, micro_steps, 0.0
+        generator = torch.Generator().manual_seed(args.seed)
+        shape = (args.batch_size, args.seq_length + 1)
+        rows = [torch.randint(0, vocabulary, shape, generator=generator) for _ in range(min(4, micro_steps))]
+        valid = torch.ones(args.batch_size, args.seq_length, dtype=torch.bool)
+        positions = None
+        if args.document_reset:
+            positions = (torch.arange(args.seq_length) % 1000).expand_as(valid).contiguous()
+        self.batches = [Batch(tokens, valid, positions, ["synthetic"]) for tokens in rows]
+        if clock.cuda:
+            self.batches = [batch.pin_memory() for batch in self.batches]
+
+    def __iter__(self) -> Iterator[Batch]:
+        for index in range(self.micro_steps):
+            last = self.clock.marks[-1][0] if self.clock.marks else "data"
+            self.clock.mark("optimizer" if last == "backward" else "data")
+            yield self.batches[index % len(self.batches)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
+def build_pair(args: argparse.Namespace, sizes: Preset, *, share: bool) -> stages.Models:
+    """Both models on the device with random weights, and the surgery that a run does on them."""
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            sizes.teacher._attn_implementation = args.attn_implementation
+            from transformers import LlamaForCausalLM
+
+            teacher = as_teacher(LlamaForCausalLM(sizes.teacher))
+            student = LlambaForCausalLM(sizes.student)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    transfer_teacher_weights(student, teacher, replaced=args.layers)
+    apply_replacements(student, teacher, args.layers)
+    freeze(student, mlp=args.freeze_mlp, replaced_layers=args.freeze_replaced_layers)
+    if share:
+        share_frozen_weights(student, teacher)
+    student.train()
+    return stages.Models(teacher, student, None, device, device, dtype)
+
+
+def ours(args: argparse.Namespace, models: stages.Models, loader: Any, steps: int, clock: Clock) -> Stage:
+    """The project's own stage, with marks between its parts."""
+    stage = stages.build_stage(args, "stage1", models, loader, steps)
+    if args.update_in_backward and not isinstance(stage.optimizer, UpdateInBackward):
+        stage.optimizer = UpdateInBackward(stage.optimizer, stage.grad_clip)  # type: ignore[assignment]
+    mark = clock.mark
+    stage.synchronise = lambda last: mark("backward" if clock.marks[-1][0] == "loss" else "data")
+    stage.finish_gradients = lambda: mark("backward")
+    models.teacher.model.register_forward_hook(lambda *_: mark("teacher"))
+    models.student.backbone.register_forward_pre_hook(lambda *_: mark("teacher"))
+    models.student.backbone.register_forward_hook(lambda *_: mark("student"))
+    stage.trainable.register_forward_hook(lambda *_: mark("loss"))
+    return stage
+
+
+def plain(args: argparse.Namespace, models: stages.Models, loader: Any, steps: int, clock: Clock) -> Stage:
+    """What one would write first: all logits in float32, everything of the student its own, bf16 Adam, no compile."""
+    models.student.zero_grad(set_to_none=True)
+    set_activation_checkpointing(models.student, "full")
+    trainable = [p for p in models.student.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trainable, lr=args.max_lr, betas=(0.9, 0.95), weight_decay=0.1, fused=models.device.type == "cuda"
+    )
+
+    def micro_step(batch: DeviceBatch, grad_scale: torch.Tensor) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            theirs = models.teacher(batch.inputs, use_cache=False).logits.float().flatten(0, 1)
+        clock.mark("teacher")
+        hidden = models.student.backbone(batch.inputs).last_hidden_state
+        clock.mark("student")
+        logits = models.student.lm_head(hidden).float().flatten(0, 1)
+        labels, valid = batch.labels.flatten(), batch.valid.flatten()
+        terms = dense_kd_loss(logits, theirs, labels, valid, grad_scale=grad_scale)
+        clock.mark("loss")
+        terms.loss.backward()
+        return {"loss": terms.loss_sum, "kl": terms.kl_sum, "top1_agreement": terms.agree_sum}
+
+    stage = Stage(
+        name="stage1",
+        loader=loader,
+        micro_step=micro_step,
+        trainable=models.student,
+        optimizer=optimizer,
+        schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0),
+        total_steps=steps,
+        accumulation=args.grad_accumulation_steps,
+        device=models.device,
+    )
+    stage.synchronise = lambda last: clock.mark("backward" if clock.marks[-1][0] == "loss" else "data")
+    stage.finish_gradients = lambda: clock.mark("backward")
+    return stage
+
+
+def since_process_start() -> float:
+    """Seconds since this process began, imports included."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def drive(stage: Stage, steps: int, log_interval: int) -> list[dict[str, Any]]:
+    """Run `steps` optimizer steps through `run_stage`; returns the figures that it logged."""
+    figures: list[dict[str, Any]] = []
+    progress = Progress()
+    progress.begin(stage.name, steps)
+    stage.total_steps = steps
+    services = Services(
+        log_metrics=lambda _, values: figures.append(values), save=lambda *_: None, log_interval=log_interval
+    )
+    run_stage(stage, progress, services)
+    return figures
+
+
+def measure(bench: argparse.Namespace, args: argparse.Namespace, way: str, ceiling: float) -> dict[str, Any]:
+    """One configuration: build, first step, warm-up, timed steps."""
+    began = time.perf_counter()
+    sizes = preset(bench.preset)
+    row: dict[str, Any] = {"way": way, "length": args.seq_length, "batch": args.batch_size}
+    device = torch.device(args.device)
+    cuda = device.type == "cuda"
+    clock = Clock(device)
+    estimate: MemoryEstimate | None = None
+    if way == "ours":
+        estimate = estimate_memory(sizes.teacher, sizes.student, args, torch.cuda.mem_get_info()[0] if cuda else None)
+        print("estimate:", estimate.describe(), f"({time.perf_counter() - began:.1f} s)", flush=True)
+    models = build_pair(args, sizes, share=way == "ours")
+    flops = step_flops(models.teacher, models.student, args.seq_length)
+    row["build_s"] = time.perf_counter() - began
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    if estimate is not None:
+        accelerate(args, models, estimate.modes)
+        row["accelerate_s"] = time.perf_counter() - began - row["build_s"]
+    micro_steps = args.grad_accumulation_steps * (bench.warmup + bench.steps)
+    loader = SyntheticLoader(args, sizes.teacher.vocab_size, micro_steps, clock)
+    make = ours if way == "ours" else plain
+    stage = make(args, models, loader, bench.warmup + bench.steps, clock)
+    drive(stage, 1, 1)
+    row["first_step_s"] = time.perf_counter() - began
+    row["since_start_s"] = since_process_start()
+    clock.marks.clear()
+    drive(stage, bench.warmup, bench.log_interval)
+    clock.marks.clear()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    figures = drive(stage, bench.steps, bench.log_interval)
+    clock.mark("optimizer")
+    times = clock.steps()
+    if len(times) > bench.steps - 1:
+        times = times[: bench.steps - 1]  # the last one ends with the stage
+    step_ms = statistics.median(sum(parts.values()) for parts in times)
+    tokens = args.seq_length * args.batch_size * args.grad_accumulation_steps
+    row |= {
+        "tokens_per_second": 1000 * tokens / step_ms,
+        "step_ms": step_ms,
+        "parts_ms": {name: statistics.median(parts[name] for parts in times) for name in PARTS},
+        "share": flops * tokens / (step_ms / 1000) / ceiling,
+        "flops_per_token": flops,
+        "loss": figures[-1]["train/loss"],
+        "bad_steps": figures[-1]["train/bad_steps"],
+        "compiled": way == "ours" and stages.compiles(args),
+    }
+    if cuda:
+        row["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
+        row["reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
+    if estimate is not None:
+        row["estimate_gib"] = estimate.allocated / GIB
+        row["estimate"] = estimate.describe()
+    if bench.profile and way == "ours":
+        print(kernel_table(lambda: drive(stage, 1, bench.log_interval), cuda), flush=True)
+        print(host_waits(lambda: drive(stage, 3, bench.log_interval), cuda), flush=True)
+    return row
+
+
+def attempt(bench: argparse.Namespace, args: argparse.Namespace, way: str, ceiling: float) -> dict[str, Any]:
+    """`measure`, with any failure in the row instead of the traceback, and the memory given back."""
+    try:
+        row = measure(bench, args, way, ceiling)
+    except Exception as error:
+        logging.exception("%s, length %d, batch %d", way, args.seq_length, args.batch_size)
+        message = " ".join(str(error).split())[:200]
+        row = {"way": way, "length": args.seq_length, "batch": args.batch_size}
+        row["error"] = f"{type(error).__name__}: {message}"
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return row
+
+
+def matrix_ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a large matrix product on random data: 8192^3 on a GPU, 512^3 elsewhere."""
+    size = 8192 if device.type == "cuda" else 512
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    clock = Clock(device)
+    for _ in range(5):
+        left @ right
+    for _ in range(21):
+        clock.mark("optimizer")
+        left @ right
+    clock.mark("optimizer")
+    return 2.0 * size**3 / (statistics.median(row["optimizer"] for row in clock.steps()) / 1000)
+
+
+@torch.no_grad()
+def fp8_distance(bench: argparse.Namespace, args: argparse.Namespace) -> float:
+    """KL(bf16 teacher || fp8 teacher), nats a token, on random weights and tokens: a check that fp8 runs."""
+    from acceleration import check_fp8, quantise_teacher_fp8
+
+    check_fp8(torch.device(args.device))
+    models = build_pair(args, preset(bench.preset), share=True)
+    tokens = torch.randint(0, models.teacher.config.vocab_size, (1, 512), device=models.device)
+    before = models.teacher(tokens, use_cache=False).logits.float().log_softmax(-1)
+    quantise_teacher_fp8(models.teacher)
+    after = models.teacher(tokens, use_cache=False).logits.float().log_softmax(-1)
+    return F.kl_div(after[0], before[0], log_target=True, reduction="batchmean").item()
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A markdown table of all rows, failures included."""
+    titles = "way | length x batch | tokens/s | ms/step | share | peak GiB | estimate GiB | first step s".split(" | ")
+    lines = [" | ".join(["", *titles, *PARTS, ""]).strip(), "|" + " --- |" * (len(titles) + len(PARTS))]
+    for row in rows:
+        shape = f"{row['length']}x{row['batch']}"
+        if "error" in row:
+            lines.append(f"| {row['way']} | {shape} | {row['error']} |")
+            continue
+        cells = [
+            row["way"],
+            shape,
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['step_ms']:.1f}",
+            f"{row['share']:.1%}",
+        ]
+        cells += [f"{row[name]:.1f}" if name in row else "" for name in ("peak_gib", "estimate_gib", "first_step_s")]
+        cells += [f"{row['parts_ms'][name]:.1f}" for name in PARTS]
+        lines.append("| " + " | ".join(cells) + " |")
+    pairs: dict[tuple[int, int], dict[str, float]] = {}
+    for row in rows:
+        if "error" not in row:
+            pairs.setdefault((row["length"], row["batch"]), {})[row["way"]] = row["tokens_per_second"]
+    for (length, batch), speeds in pairs.items():
+        if len(speeds) == 2:
+            lines.append(f"{length}x{batch}: {speeds['ours'] / speeds['plain']:.2f} times the plain way")
+    return "\n".join(lines)
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=["8b", "1b", "smollm2", "tiny"], default="8b")
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--seq_length", type=int, nargs="+", default=[4096])
+    parser.add_argument("--batch_size", type=int, nargs="+", default=[1])
+    parser.add_argument("--layers", nargs="+", default=None, help="layers to replace; the preset's if not given")
+    parser.add_argument("--plain", action="store_true", help="also the plain way, in the same run")
+    parser.add_argument("--only_plain", action="store_true", help="the plain way alone")
+    parser.add_argument("--update_in_backward", action="store_true")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before them")
+    parser.add_argument("--log_interval", type=int, default=1, help="steps a log line, as in train.py")
+    parser.add_argument("--profile", action="store_true", help="kernel table of a step, and where the host waits")
+    parser.add_argument("--json", type=Path, default=None, help="file to add a JSON line a configuration to")
+    return parser.parse_known_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    bench, rest = parse(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    layers = bench.layers or list(map(str, preset(bench.preset).layers))
+    base = parse_arguments([*rest, "--device", bench.device, "--layers", *layers])
+    device, dtype = torch.device(base.device), getattr(torch, base.dtype)
+    ceiling = matrix_ceiling(device, dtype)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    print(f"{name}, torch {torch.__version__}, {base.dtype}, ceiling {ceiling / 1e12:.2f} TFLOP/s", flush=True)
+    if base.teacher_fp8:
+        print(f"KL(bf16 || fp8 teacher) on random weights: {fp8_distance(bench, base):.2e} nats a token", flush=True)
+    ways = ["plain"] if bench.only_plain else ["ours", "plain"] if bench.plain else ["ours"]
+    rows: list[dict[str, Any]] = []
+    for length in bench.seq_length:
+        for batch in bench.batch_size:
+            for way in ways:
+                args = argparse.Namespace(**vars(base))
+                args.seq_length, args.batch_size = length, batch
+                args.update_in_backward = bench.update_in_backward
+                rows.append(attempt(bench, args, way, ceiling))
+                row = {"preset": bench.preset, "device": name, "ceiling": ceiling, "flags": rest, **rows[-1]}
+                print(json.dumps(rows[-1]), flush=True)
+                if bench.json:
+                    with bench.json.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+    print(table(rows))
+    return int(all("error" in row for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
