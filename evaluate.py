@@ -55,6 +55,7 @@ def held_out_figures(
     import torch
 
     from losses import chunked_kd_loss
+    from model_utils import teacher_hidden
 
     was_training = student.training
     student.eval()
@@ -66,11 +67,8 @@ def held_out_figures(
             inputs, labels = batch.tokens[:, :-1].to(device), batch.tokens[:, 1:].to(device)
             valid = batch.valid.to(device)
             positions = None if batch.position_ids is None else batch.position_ids.to(device)
-            theirs = teacher.model(
-                inputs.to(teacher_device),
-                position_ids=None if positions is None else positions.to(teacher_device),
-                use_cache=False,
-            ).last_hidden_state.to(device)
+            there = None if positions is None else positions.to(teacher_device)
+            theirs = teacher_hidden(teacher, inputs.to(teacher_device), there).to(device)
             ours = student.backbone(inputs, position_ids=positions).last_hidden_state.to(theirs.dtype)
             head = student.lm_head.weight.to(theirs.dtype)
             terms = chunked_kd_loss(ours, head, theirs, teacher_head, labels, valid)

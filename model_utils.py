@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from arguments import UserError
 from models import LlambaConfig, LlambaForCausalLM
+from models.modeling_llamba import AttentionInputs
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +104,24 @@ def as_teacher(model: PreTrainedModel) -> PreTrainedModel:
     model.eval()
     model.config.use_cache = False
     return model
+
+
+def teacher_hidden(
+    teacher: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The teacher's hidden states after its final norm, [b, t, d], for input_ids [b, t]; no gradient.
+
+    Its layers one after the other, as its own model runs them, but without the question to the device whether
+    documents are packed, for which the CPU would wait in every step. position_ids [b, t] restart at each document.
+    """
+    model = teacher.model
+    with torch.no_grad():
+        hidden = model.embed_tokens(input_ids)
+        layers = range(len(model.layers))
+        shared = AttentionInputs(model.config, model.rotary_emb, hidden, position_ids, layers=layers)
+        for index, layer in enumerate(model.layers):
+            hidden = layer(hidden, past_key_values=None, use_cache=False, **shared.for_layer(index))
+        return model.norm(hidden)
 
 
 def get_student_model(

@@ -21,6 +21,7 @@ from checkpoints import (
     set_rng_state,
 )
 from evaluate import held_out_figures
+from memory import MemoryEstimate
 from model_card import model_card
 from model_utils import frozen_names
 from plot_metrics import plot_runs
@@ -43,6 +44,7 @@ class Session:
         self.progress = Progress()
         self.clock = SaveClock(args.save_minutes)
         self.models: Models | None = None
+        self.estimate: MemoryEstimate | None = None
         self.finished = False
         self.trainer_state: dict[str, Any] = {}
         self.resumed_from = self.store.resolve(args.resume)

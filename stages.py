@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from acceleration import accelerate
 from arguments import UserError
 from data import SourceSpec, build_loader, estimate_steps_per_epoch
-from initialization import calibrate_mixers
+from initialization import calibrate_mixers, student_config
+from memory import GIB, MemoryEstimate, estimate_memory
 from model_utils import (
     FROM_TEACHER,
     apply_replacements,
@@ -27,6 +29,7 @@ from model_utils import (
     is_distilled,
     load_config,
     share_frozen_weights,
+    teacher_hidden,
     transfer_teacher_weights,
 )
 from models import LlambaConfig, LlambaForCausalLM
@@ -50,24 +53,44 @@ class Models:
     dtype: torch.dtype
 
 
-def check_inputs(args: argparse.Namespace, student_source: str) -> Any:
-    """Everything that can be wrong with the models, found from their configurations alone; returns the tokenizer."""
+@dataclass
+class Inputs:
+    """What is known before any weight is loaded."""
+
+    tokenizer: Any
+    estimate: MemoryEstimate | None  # of a training step on a GPU
+
+
+def check_inputs(args: argparse.Namespace, student_source: str) -> Inputs:
+    """Everything that can be wrong with the models, found from their configurations alone, and what they will take."""
     local = args.local_files_only
     teacher = load_config(args.teacher_model, local_files_only=local)
     check_teacher_config(teacher, args.teacher_model)
     longest = teacher.max_position_embeddings
     if args.seq_length > longest:
         raise UserError(f"--seq_length {args.seq_length}: the teacher has {longest} positions; use at most that many")
-    if student_source != FROM_TEACHER:
+    if student_source == FROM_TEACHER:
+        student = student_config(teacher)
+    else:
         student = load_config(student_source, config_class=LlambaConfig, local_files_only=local)
         check_pair(student, teacher, student_source)
-    check_layers(args.layers, teacher.num_hidden_layers)
-    return get_tokenizer(args.teacher_model, local_files_only=local)
+    check_layers(fixed_layers(args.layers), teacher.num_hidden_layers)
+    estimate = None
+    if args.device.startswith("cuda"):
+        free, total = torch.cuda.mem_get_info(args.device)
+        estimate = estimate_memory(teacher, student, args, free)
+        log.info("estimated peak of a step: %s; free %.1f of %.1f GiB", estimate.describe(), free / GIB, total / GIB)
+    return Inputs(get_tokenizer(args.teacher_model, local_files_only=local), estimate)
 
 
-def build_models(args: argparse.Namespace, student_source: str, tokenizer: Any, devices: Any) -> Models:
+def fixed_layers(layers: list[int | str]) -> list[int]:
+    """The indices of `--layers`; none for `auto:K`."""
+    return [entry for entry in layers if isinstance(entry, int)]
+
+
+def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, devices: Any) -> Models:
     """Load the pair and do the surgery, unless the student is a checkpoint that already had it."""
-    device, teacher_device = devices
+    (device, teacher_device), tokenizer = devices, inputs.tokenizer
     dtype = getattr(torch, args.dtype)
     local = args.local_files_only
     teacher = get_teacher_model(
@@ -82,7 +105,7 @@ def build_models(args: argparse.Namespace, student_source: str, tokenizer: Any, 
     if is_distilled(student):
         log.info("%s is a distilled student: its weights and layers are kept as they are", student_source)
     else:
-        layers = check_layers(args.layers, teacher.config.num_hidden_layers)
+        layers = check_layers(fixed_layers(args.layers), teacher.config.num_hidden_layers)
         transfer_teacher_weights(student, teacher, replaced=layers)
         apply_replacements(student, teacher, layers)
         student.config.teacher_model = args.teacher_model
@@ -92,7 +115,9 @@ def build_models(args: argparse.Namespace, student_source: str, tokenizer: Any, 
     share_frozen_weights(student, teacher)
     student.train()
     log.info(describe_parameters(student, teacher))
-    return Models(teacher, student, tokenizer, device, teacher_device, dtype)
+    models = Models(teacher, student, tokenizer, device, teacher_device, dtype)
+    accelerate(args, models, inputs.estimate.modes if inputs.estimate else "none")
+    return models
 
 
 def calibration_tokens(args: argparse.Namespace, tokenizer: Any) -> torch.Tensor:
@@ -269,17 +294,15 @@ def _micro_step(args: argparse.Namespace, name: str, models: Models) -> tuple[An
 
 
 class TeacherForward:
-    """Runs the teacher's backbone for a batch and puts its hidden states beside it, on the student's device."""
+    """Runs the teacher for a batch and puts its hidden states beside it, on the student's device."""
 
     def __init__(self, models: Models):
-        self.backbone = models.teacher.model
+        self.teacher = models.teacher
         self.device, self.teacher_device = models.device, models.teacher_device
 
-    @torch.no_grad()
     def __call__(self, batch: DeviceBatch) -> None:
         inputs = batch.inputs.to(self.teacher_device, non_blocking=True)
         positions = batch.position_ids
         if positions is not None:
             positions = positions.to(self.teacher_device, non_blocking=True)
-        hidden = self.backbone(inputs, position_ids=positions, use_cache=False).last_hidden_state
-        batch.teacher_hidden = hidden.to(self.device, non_blocking=True)
+        batch.teacher_hidden = teacher_hidden(self.teacher, inputs, positions).to(self.device, non_blocking=True)

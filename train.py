@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from arguments import UserError, parse_arguments, validate
 
@@ -46,10 +47,11 @@ def distill(args: argparse.Namespace) -> int:
             if session.finished:
                 log.info("%s holds a finished run: nothing to do", args.output_dir)
                 return 0
-            tokenizer = stages.check_inputs(args, session.student_source)
+            inputs = stages.check_inputs(args, session.student_source)
+            session.estimate, tokenizer = inputs.estimate, inputs.tokenizer
             names = session.stages_left(stages.stage_names(args))
             loaders = {name: stages.make_loader(args, name, tokenizer) for name in names}
-            session.models = stages.build_models(args, session.student_source, tokenizer, devices)
+            session.models = stages.build_models(args, session.student_source, inputs, devices)
             session.begin()
             for name in names:
                 total = session.total_steps(name, tokenizer)
@@ -60,24 +62,23 @@ def distill(args: argparse.Namespace) -> int:
                     return signals.exit_code
             session.save_final()
         except Exception as error:
-            return failure_status(error, args)
+            return failure_status(error, args, session)
         finally:
             session.close()
         log.info("finished: %s", Path(args.output_dir) / "final")
     return 0
 
 
-def failure_status(error: Exception, args: argparse.Namespace) -> int:
+def failure_status(error: Exception, args: argparse.Namespace, session: Any) -> int:
     """One line for what a run cannot go on from, and its exit status; anything unexpected is raised again."""
     import torch
 
+    from memory import oom_advice
     from text_sources import DataStreamLost
     from trainer import TooManyBadSteps
 
-    if isinstance(error, torch.OutOfMemoryError):
-        from memory import oom_advice
-
-        log.error("out of memory: %s", oom_advice(args))
+    if isinstance(error, torch.OutOfMemoryError) and session.estimate is not None:
+        log.error(oom_advice(session.estimate, args))
         return 3
     if isinstance(error, TooManyBadSteps | DataStreamLost):
         log.error("stopped, with a checkpoint: %s", error)

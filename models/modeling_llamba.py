@@ -4,6 +4,7 @@ Shapes: b batch, t time, d d_model, I d_inner, H x-heads, G B/C-heads, P = I / H
 A checkpoint carries this file, `configuration_llamba.py` and `state_space.py`, so that it loads anywhere.
 """
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -210,6 +211,55 @@ def attention_parts(model_type: str) -> tuple[type[nn.Module], type[nn.Module]]:
     return getattr(module, f"{prefix}DecoderLayer"), getattr(module, f"{prefix}RotaryEmbedding")
 
 
+class AttentionInputs:
+    """Positions, rotary embedding and masks of a forward pass, shared by transformers' decoder layers.
+
+    hidden [b, t, d]; position_ids [b, t] or None for one document from the cache's end on. Only given positions are
+    searched for packed documents: transformers asks the device whether there are any, and the CPU waits for that.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        rotary_emb: Any,
+        hidden: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        layers: Sequence[int] = (0,),
+    ):
+        self.config = config
+        makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        self.masks = {
+            kind: makers[kind](
+                config=config,
+                inputs_embeds=hidden,
+                attention_mask=attention_mask,
+                past_key_values=cache,
+                position_ids=position_ids,
+                layer_idx=layers[0],
+            )
+            for kind in {self.mask_type(index) for index in layers}
+        }
+        if position_ids is None:
+            seen = cache.get_seq_length(layers[0]) if cache is not None else 0
+            position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen)[None]
+        self.position_ids = position_ids
+        self.rotary = rotary_emb(hidden, position_ids=position_ids)
+
+    def mask_type(self, index: int) -> str:
+        """`full_attention` or `sliding_attention`, as the architecture's own model chooses for a layer."""
+        types = getattr(self.config, "layer_types", None)
+        if types:
+            return types[index]
+        return "sliding_attention" if getattr(self.config, "sliding_window", None) else "full_attention"
+
+    def for_layer(self, index: int) -> dict[str, Any]:
+        """Arguments of a decoder layer's forward."""
+        mask = self.masks[self.mask_type(index)]
+        return {"attention_mask": mask, "position_ids": self.position_ids, "position_embeddings": self.rotary}
+
+
 class LlambaPreTrainedModel(PreTrainedModel):
     config_class = LlambaConfig
     base_model_prefix = "backbone"
@@ -277,18 +327,16 @@ class LlambaModel(LlambaPreTrainedModel):
         packed = position_ids is not None and past_key_values is None and attention_mask is None
         resets = position_ids == 0 if packed else None
         padding = self._padding(attention_mask, hidden.shape[1])
-        attention = self._attention_inputs(hidden, position_ids, attention_mask, past_key_values)
+        attention = None
+        if self.config.attention_layers:
+            indices = self.config.attention_layers
+            attention = AttentionInputs(
+                self.attention_config, self.rotary_emb, hidden, position_ids, attention_mask, past_key_values, indices
+            )
         for index, layer in enumerate(self.layers):
-            if index in self.config.attention_layers:
-                mask = attention["masks"].get(self._mask_type(index))
-                hidden = layer(
-                    hidden,
-                    attention_mask=mask,
-                    position_ids=attention["position_ids"],
-                    past_key_values=past_key_values,
-                    use_cache=use_cache,
-                    position_embeddings=attention["position_embeddings"],
-                )
+            if attention is not None and index in self.config.attention_layers:
+                options = attention.for_layer(index)
+                hidden = layer(hidden, past_key_values=past_key_values, use_cache=use_cache, **options)
             else:
                 hidden = layer(hidden, resets, padding, caches[index] if caches else None)
         return BaseModelOutputWithPast(
@@ -310,37 +358,6 @@ class LlambaModel(LlambaPreTrainedModel):
     def _padding(self, attention_mask: Tensor | None, t: int) -> Tensor | None:
         """The mask [b, t] of the tokens at hand, or None when a mixer has nothing to mask."""
         return None if attention_mask is None or t == 1 else attention_mask[:, -t:]
-
-    def _mask_type(self, index: int) -> str:
-        types = getattr(self.attention_config, "layer_types", None)
-        if types:
-            return types[index]
-        return "sliding_attention" if getattr(self.attention_config, "sliding_window", None) else "full_attention"
-
-    def _attention_inputs(
-        self, hidden: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None, cache: Cache | None
-    ) -> dict[str, Any]:
-        """Positions, rotary embedding and masks that all attention layers share."""
-        if not self.config.attention_layers:
-            return {}
-        if position_ids is None:
-            seen = cache.get_seq_length(self.config.attention_layers[0]) if cache is not None else 0
-            position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen)[None]
-        makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-        masks = {
-            kind: makers[kind](
-                config=self.attention_config,
-                inputs_embeds=hidden,
-                attention_mask=attention_mask,
-                past_key_values=cache,
-                position_ids=position_ids,
-                layer_idx=self.config.attention_layers[0],
-            )
-            for kind in {self._mask_type(index) for index in self.config.attention_layers}
-        }
-        assert self.rotary_emb is not None
-        rotary = self.rotary_emb(hidden, position_ids=position_ids)
-        return {"position_ids": position_ids, "masks": masks, "position_embeddings": rotary}
 
 
 class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):

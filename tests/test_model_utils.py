@@ -18,6 +18,7 @@ from model_utils import (
     get_teacher_model,
     load_config,
     share_frozen_weights,
+    teacher_hidden,
     transfer_teacher_weights,
 )
 from models import LlambaConfig, LlambaForCausalLM
@@ -67,6 +68,16 @@ def test_with_every_layer_replaced_the_logits_are_the_teachers(name):
     student = make_student(teacher, range(4))
     tokens = torch.randint(0, 512, (2, 40))
     assert torch.equal(student(tokens, use_cache=False).logits, teacher(tokens).logits)
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_our_walk_through_the_teacher_is_its_own_forward(name):
+    teacher = make_teacher(TEACHERS[name])
+    tokens = torch.randint(0, 512, (2, 40))
+    positions = torch.cat((torch.arange(15), torch.arange(25)))[None].expand(2, -1)
+    for where in (None, positions):
+        wanted = teacher.model(tokens, position_ids=where, use_cache=False).last_hidden_state
+        assert torch.equal(teacher_hidden(teacher, tokens, where), wanted)
 
 
 @pytest.mark.parametrize("name", ["grouped queries", "mistral, sliding"])
