@@ -5,9 +5,11 @@ import ctypes
 import hashlib
 import json
 import os
+import queue
 import stat
 import struct
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,15 +39,24 @@ class HashedFile:
         self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         self.digest, self.size = hashlib.sha256(), 0
         self.error: OSError | None = None
+        self.blocks: queue.Queue[memoryview | None] = queue.Queue(1)
+        self.hasher = threading.Thread(target=self._hash, name="hash")  # as long as writing takes, so beside it
+        self.hasher.start()
+
+    def _hash(self) -> None:
+        while (block := self.blocks.get()) is not None:
+            self.digest.update(block)
+            self.blocks.task_done()
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         try:
             for start in range(0, len(view), BLOCK):
                 block = view[start : start + BLOCK]
-                self.digest.update(block)
+                self.blocks.put(block)
                 while block:
                     block = block[os.write(self.file, block) :]
+                self.blocks.join()
         except OSError as error:
             self.error = error
             raise
@@ -63,6 +74,8 @@ class HashedFile:
             if kind is None:
                 os.fsync(self.file)
         finally:
+            self.blocks.put(None)
+            self.hasher.join()
             os.close(self.file)
 
     @property
@@ -135,6 +148,27 @@ def stored_dtype(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype
 def _tensor_bytes(tensor: torch.Tensor) -> memoryview:
     flat = tensor.cpu().contiguous().view(-1)
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def together(*tasks: Callable[[], Any]) -> list[Any]:
+    """The results of tasks run side by side; raises the first error of any. (An executor takes no task at exit.)"""
+    results: dict[int, Any] = {}
+    errors: list[Exception] = []
+
+    def run(index: int) -> None:
+        try:
+            results[index] = tasks[index]()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(index,), name="checkpoint") for index in range(len(tasks))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return [results[index] for index in range(len(tasks))]
 
 
 def sync_folder(path: Path) -> None:

@@ -40,6 +40,7 @@ from checkpoint_files import (
     save_description,
     stored_dtype,
     sync_folder,
+    together,
     write_bytes,
     write_stream,
     write_torch,
@@ -62,6 +63,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+MANY_CORES = 8
+ROOM = 0.8  # share of the free memory that a copy may take
 SPARE = 1 << 24  # bytes that must stay free beside a checkpoint
 
 
@@ -82,6 +85,15 @@ class Job:
         """Bytes of the weights as they are stored, with or without the frozen ones."""
         tensors = [*self.trained.values(), *(self.frozen.values() if frozen else ())]
         return sum(tensor.numel() * stored_dtype(tensor, self.dtype).itemsize for tensor in tensors)
+
+
+def split_weights(
+    model: Any, weights: dict[str, torch.Tensor] | None, frozen: Collection[str]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The model's weights (or `weights` in their place), one name a tensor: those that train, and the frozen ones."""
+    named = {name: t.detach() for name, t in (distinct_weights(model) if weights is None else weights).items()}
+    fixed = {name: tensor for name, tensor in named.items() if name in frozen}
+    return {name: tensor for name, tensor in named.items() if name not in fixed}, fixed
 
 
 class CheckpointStore:
@@ -136,9 +148,7 @@ class CheckpointStore:
         try:
             files = self._small_files(model, tokenizer, dtype, model_card)
             files[METADATA] = json.dumps(mask_secrets(metadata), indent=2).encode()
-            named = distinct_weights(model) if weights is None else weights
-            fixed = {key: tensor.detach() for key, tensor in named.items() if key in frozen}
-            moving = {key: tensor.detach() for key, tensor in named.items() if key not in fixed}
+            moving, fixed = split_weights(model, weights, frozen)
             state, background = self._snapshot({"weights": moving, "state": trainer_state})
             versions = {key: tensor._version for key, tensor in fixed.items()}
             job = Job(name, files, state["weights"], fixed, versions, dtype, state["state"], best)
@@ -154,6 +164,25 @@ class CheckpointStore:
         self._thread.start()
         return True
 
+    def prepare(
+        self,
+        *,
+        model: Any,
+        trainer_state: dict[str, Any],
+        frozen: Collection[str] = (),
+        weights: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Allocate a snapshot's host memory in the background, so that the first save blocks as little as later ones.
+
+        For after the first optimizer step, when the optimizer's state is there; the arguments are those of `save`.
+        """
+        moving, _ = split_weights(model, weights, frozen)
+        state = {"weights": moving, "state": trainer_state}
+        if self.asynchronous and self._copies.bytes_missing(state) < ROOM * available_memory():
+            self.wait()
+            self._thread = threading.Thread(target=self._copies.reserve, args=(state,), name="checkpoint")
+            self._thread.start()
+
     def wait(self) -> bool:
         """Wait for the checkpoint that is being written; True if the last one was written."""
         if self._thread is not None:
@@ -166,7 +195,7 @@ class CheckpointStore:
         if not self.asynchronous:
             return checked(state), False
         needed, free = self._copies.bytes_missing(state), available_memory()
-        if needed > 0.8 * free:
+        if needed > ROOM * free:
             self.log(
                 f"a checkpoint's copy needs {gib(needed)} of host memory and {gib(free)} are free: "
                 "training waits while it is written"
@@ -220,9 +249,7 @@ class CheckpointStore:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
-            entries = self._write_weights(temporary, job, link)
-            if job.trainer_state:
-                entries[TRAINER_STATE] = write_torch(temporary / TRAINER_STATE, job.trainer_state)
+            entries = self._write_large(temporary, job, link)
             for name, content in job.files.items():
                 entries[name] = write_bytes(temporary / name, content)
             best = job.best or self.folder.is_best(job.name)  # the same step saved once more
@@ -232,6 +259,20 @@ class CheckpointStore:
             self.folder.publish(temporary, job.name)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+    def _write_large(self, folder: Path, job: Job, link: Path | None) -> dict[str, Any]:
+        """Weights and trainer state: side by side where training can spare the cores, else one after the other."""
+
+        def state() -> dict[str, Any]:
+            return (
+                {TRAINER_STATE: write_torch(folder / TRAINER_STATE, job.trainer_state)} if job.trainer_state else {}
+            )
+
+        def weights() -> dict[str, Any]:
+            return self._write_weights(folder, job, link)
+
+        written = together(weights, state) if (os.cpu_count() or 1) >= MANY_CORES else [weights(), state()]
+        return written[0] | written[1]
 
     def _write_weights(self, folder: Path, job: Job, link: Path | None) -> dict[str, Any]:
         parts = [part for part in (job.trained, job.frozen) if part]

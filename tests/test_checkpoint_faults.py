@@ -6,16 +6,18 @@ import random
 import resource
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoint_tools import METADATA, flip_bit, frozen_names, make_store, names_in, quick_processes, save, tiny_model
-from conftest import tiny_llama_config
+from conftest import ROOT, tiny_llama_config
 from transformers import LlamaForCausalLM
 
 from arguments import UserError
+from checkpoint_files import damage
 from checkpoints import (
     CheckpointStore,
     read_metadata,
@@ -119,6 +121,36 @@ def test_killed_at_random_moments_a_complete_checkpoint_is_left(tmp_path):
         last = step
         assert newest.name == f"checkpoint-{step}"
         assert all(name.startswith("checkpoint-") for name in names_in(tmp_path))
+
+
+def save_and_leave(folder: str, crash: bool) -> None:
+    torch.set_num_threads(1)
+    model = LlamaForCausalLM(tiny_llama_config(num_hidden_layers=1))
+    state = {"moments": [torch.randn(1_000_000) for _ in range(8)]}
+    save(make_store(Path(folder)), "checkpoint-1", model, trainer_state=state, wait=False)
+    if crash:
+        raise RuntimeError("training broke down")
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_a_process_that_ends_without_waiting_finishes_its_checkpoint(tmp_path, crash):
+    code = f"from test_checkpoint_faults import *; save_and_leave({str(tmp_path)!r}, {crash})"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == int(crash), done.stderr
+    assert names_in(tmp_path) == ["checkpoint-1"]
+    assert damage(tmp_path / "checkpoint-1") is None
+
+
+@pytest.mark.parametrize("cores", [2, 64])
+def test_on_many_cores_files_are_written_side_by_side_to_the_same_bytes(model, tmp_path, monkeypatch, cores):
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    store = make_store(tmp_path, keep=1)
+    assert save(store, "checkpoint-1", model, frozen=frozen_names(model), trainer_state={"x": torch.arange(1000)})
+    assert damage(tmp_path / "checkpoint-1") is None
+    assert not save(store, "checkpoint-2", model, weights={"x": torch.zeros(2, dtype=torch.complex128)})
+    assert "checkpoint-2 was not saved" in store.log[0]
+    assert names_in(tmp_path) == ["checkpoint-1"]
 
 
 @contextlib.contextmanager

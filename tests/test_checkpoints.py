@@ -217,6 +217,18 @@ def test_memory_that_is_shared_is_copied_once():
     assert copies.bytes_missing({"weights": {"a": weight.double()}}) == 8000
 
 
+def test_prepared_memory_is_what_the_first_save_copies_into(model, tmp_path):
+    frozen, state = frozen_names(model), {"moments": torch.randn(3_000_000), "step": torch.tensor(1.0)}
+    store = make_store(tmp_path)
+    store.prepare(model=model, trainer_state=state, frozen=frozen)
+    store.wait()
+    buffer = store._copies.buffers["/state/moments"]
+    assert len(store._copies.buffers) == len(model.state_dict()) - len(frozen) + 2
+    assert save(store, "checkpoint-1", model, trainer_state=state, frozen=frozen)
+    assert store._copies.buffers["/state/moments"] is buffer
+    assert torch.equal(read_trainer_state(tmp_path / "checkpoint-1")["moments"], state["moments"])
+
+
 def test_without_room_for_a_copy_training_waits(model, tmp_path, monkeypatch):
     monkeypatch.setattr("checkpoints.available_memory", lambda: 1000)
     store = make_store(tmp_path)
