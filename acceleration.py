@@ -288,6 +288,9 @@ def accelerate(args: argparse.Namespace, models: Any, modes: str | Sequence[str]
         log.info("teacher in fp8: %.2f GiB of matrices", quantise_teacher_fp8(models.teacher))
     if models.device.type != "cuda" or args.no_compile:
         return
+    if models.dtype != torch.float32:
+        # The only float32 product of a bf16 step mixes chunk states; TF32 keeps more of them than their bf16 sources.
+        torch.set_float32_matmul_precision("high")
     compile_layers(models.teacher)
     compile_layers(models.student)
     if not compiles_here("a layer, the loss or the optimizer", functools.partial(trial_step, args, models)):
@@ -300,6 +303,7 @@ def accelerate(args: argparse.Namespace, models: Any, modes: str | Sequence[str]
 def trial_step(args: argparse.Namespace, models: Any) -> None:
     """Everything compiled, once, at the shapes of the run: both models, loss, backward pass, optimizer."""
     from losses import chunked_kd_loss
+    from model_utils import teacher_hidden
 
     shape = (args.batch_size, args.seq_length)
     tokens = torch.zeros(shape, dtype=torch.long, device=models.device)
@@ -309,7 +313,7 @@ def trial_step(args: argparse.Namespace, models: Any) -> None:
         with torch.no_grad():
             there = tokens.to(models.teacher_device)
             where = None if positions is None else positions.to(models.teacher_device)
-            theirs = models.teacher.model(there, position_ids=where, use_cache=False).last_hidden_state
+            theirs = teacher_hidden(models.teacher, there, where)
             theirs = theirs.to(models.device)
             their_head = models.teacher.get_output_embeddings().weight.to(models.device)
     half = torch.float16 if models.dtype == torch.float16 else None
@@ -320,12 +324,16 @@ def trial_step(args: argparse.Namespace, models: Any) -> None:
     valid = torch.ones(shape, dtype=torch.bool, device=models.device)
     terms = chunked_kd_loss(hidden, head, theirs, their_head, tokens, valid, compile=True, **options)
     terms.loss.backward()
-    _try_optimizer(args, models.device, next(models.student.parameters()).dtype)
+    _try_optimizer(args, models.student)
 
 
-def _try_optimizer(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
-    from optimizer import build_optimizer
+def _try_optimizer(args: argparse.Namespace, student: nn.Module) -> None:
+    """An update of small tensors, one of each kind of block that the student's matrices divide into."""
+    from optimizer import block_length, build_optimizer
 
-    module = nn.Linear(256, 8, bias=False, device=device, dtype=dtype)
-    module.weight.grad = torch.zeros_like(module.weight)
-    build_optimizer(args.optimizer, module, lr=args.max_lr, weight_decay=args.weight_decay, compile=True).step()
+    matrices = [p for p in student.parameters() if p.requires_grad and p.ndim > 1]
+    kinds = {(block_length(p) or 64, p.dtype, p.device) for p in matrices}
+    small = nn.ParameterList(torch.zeros(64, width, dtype=dtype, device=device) for width, dtype, device in kinds)
+    for parameter in small:
+        parameter.grad = torch.zeros_like(parameter)
+    build_optimizer(args.optimizer, small, lr=args.max_lr, weight_decay=args.weight_decay, compile=True).step()
