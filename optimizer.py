@@ -136,7 +136,7 @@ class MasterAdamW(_SkippingOptimizer):
             grad_scale=scale,
             found_inf=found,
         )
-        torch._foreach_add_([state["step"] for state in states], 1 - found)  # the next step's number
+        advance([state["step"] for state in states], found)  # to the next step's number
         split = [(local(p.detach()), m) for p, m in zip(parameters, masters) if local(p).dtype != m.dtype]
         if split:
             torch._foreach_copy_([weight for weight, _ in split], [master for _, master in split])
@@ -189,7 +189,7 @@ class AdamW8bit(MasterAdamW):
             scale, found = self._controls(device)
             states = [self._block_state(p) for p in blocked]
             steps = [state["step"] for state in states]
-            torch._foreach_add_(steps, 1 - found)
+            advance(steps, found)
             scalars = step_scalars(torch.stack(steps), group["lr"], group["weight_decay"], scale)
             for p, state, row in zip(blocked, states, scalars.unbind()):
                 self._update_blocks(local(p.detach()), local(p.grad), state, row, found)
@@ -246,8 +246,13 @@ def _compiled_update() -> Callable[..., None]:
     return torch.compile(update_blocks)
 
 
+def advance(steps: list[Tensor], found: Tensor) -> None:
+    """Count one more update unless it was skipped. A list of addends: with a lone tensor the CPU would wait for it."""
+    torch._foreach_add_(steps, [1 - found] * len(steps))
+
+
 def step_scalars(steps: Tensor, lr: float, weight_decay: float, scale: Tensor) -> Tensor:
-    """[lr, 1 - lr * weight_decay, 1 / scale, 1 / (1 - beta1^k), (1 - beta2^k)^-0.5] for each step k of `steps` [n]."""
+    """[lr, 1 - lr * weight_decay, 1 / scale, 1 / (1 - beta1^k), (1 - beta2^k)^-0.5] for each step k of `steps`."""
     rows = [
         torch.full_like(steps, lr),
         torch.full_like(steps, 1 - lr * weight_decay),
@@ -363,6 +368,8 @@ def clip_and_step(
     so that gradients are read once more but never rewritten. Optimizers without these controls, and a GradScaler,
     cost one synchronisation.
     """
+    if hasattr(optimizer, "finish_step"):  # it has updated during the backward pass
+        return optimizer.finish_step()
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = gradient_norm(gradients)
     loss_scale = torch.ones_like(norm) if scaler is None else scaler.scale(torch.ones_like(norm))
