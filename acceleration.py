@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from arguments import UserError
+from losses import chunked_kd_loss
+from model_utils import teacher_hidden
+from optimizer import block_length, build_optimizer
 
 log = logging.getLogger(__name__)
 
@@ -302,20 +305,17 @@ def accelerate(args: argparse.Namespace, models: Any, modes: str | Sequence[str]
 
 def trial_step(args: argparse.Namespace, models: Any) -> None:
     """Everything compiled, once, at the shapes of the run: both models, loss, backward pass, optimizer."""
-    from losses import chunked_kd_loss
-    from model_utils import teacher_hidden
-
     shape = (args.batch_size, args.seq_length)
     tokens = torch.zeros(shape, dtype=torch.long, device=models.device)
-    positions = torch.arange(shape[1], device=models.device).expand(shape) if args.document_reset else None
+    positions = None
+    if args.document_reset:  # two documents, so that attention gets its mask
+        positions = torch.arange(shape[1], device=models.device) % max(1, shape[1] // 2)
+        positions = positions.expand(shape).contiguous()
     theirs, their_head = None, None
     if args.kl_weight > 0:
-        with torch.no_grad():
-            there = tokens.to(models.teacher_device)
-            where = None if positions is None else positions.to(models.teacher_device)
-            theirs = teacher_hidden(models.teacher, there, where)
-            theirs = theirs.to(models.device)
-            their_head = models.teacher.get_output_embeddings().weight.to(models.device)
+        where = None if positions is None else positions.to(models.teacher_device)
+        theirs = teacher_hidden(models.teacher, tokens.to(models.teacher_device), where).to(models.device)
+        their_head = models.teacher.get_output_embeddings().weight.to(models.device)
     half = torch.float16 if models.dtype == torch.float16 else None
     with torch.autocast(models.device.type, half, enabled=half is not None):
         hidden = models.student.backbone(tokens, position_ids=positions).last_hidden_state
@@ -329,8 +329,6 @@ def trial_step(args: argparse.Namespace, models: Any) -> None:
 
 def _try_optimizer(args: argparse.Namespace, student: nn.Module) -> None:
     """An update of small tensors, one of each kind of block that the student's matrices divide into."""
-    from optimizer import block_length, build_optimizer
-
     matrices = [p for p in student.parameters() if p.requires_grad and p.ndim > 1]
     kinds = {(block_length(p) or 64, p.dtype, p.device) for p in matrices}
     small = nn.ParameterList(torch.zeros(64, width, dtype=dtype, device=device) for width, dtype, device in kinds)

@@ -127,7 +127,6 @@ def ours(args: argparse.Namespace, models: stages.Models, loader: Any, steps: in
     mark = clock.mark
     stage.synchronise = lambda last: mark("backward" if clock.marks[-1][0] == "loss" else "data")
     stage.finish_gradients = lambda: mark("backward")
-    models.teacher.model.register_forward_hook(lambda *_: mark("teacher"))
     models.student.backbone.register_forward_pre_hook(lambda *_: mark("teacher"))
     models.student.backbone.register_forward_hook(lambda *_: mark("student"))
     stage.trainable.register_forward_hook(lambda *_: mark("loss"))
