@@ -21,7 +21,7 @@ from losses import CHUNK_LOGITS_COMPILED, CHUNK_LOGITS_EAGER
 from models import LlambaConfig, LlambaForCausalLM
 
 GIB = 2**30
-CONTEXT = 0.9 * GIB  # CUDA context, compiled kernels and libraries: outside torch's allocator
+CONTEXT = 0.6 * GIB  # kernels and libraries loaded on first use, outside torch's allocator
 WORKSPACE = 0.1 * GIB  # cuBLAS workspaces and small tensors
 MARGIN = 0.04  # of what is allocated: rounding and fragments of the allocator
 # Bytes a trainable parameter of a matrix, for bf16 and for float32 parameters: optimizer.py's docstrings.
@@ -45,7 +45,7 @@ class MemoryEstimate:
 
     @property
     def needed(self) -> float:
-        """Bytes that the device must have free, with CUDA's context and the allocator's fragments."""
+        """Bytes that the device must have free, with kernels and the allocator's fragments."""
         return self.allocated * (1 + MARGIN) + CONTEXT
 
     def describe(self) -> str:

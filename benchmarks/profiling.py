@@ -29,9 +29,18 @@ def kernel_table(run: Callable[[], Any], cuda: bool, rows: int = 25) -> str:
             torch.cuda.synchronize()
     if not cuda:
         return profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=rows, max_name_column_width=60)
-    kernels = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    spans = [(event.time_range.start, event.time_range.end, event.name) for event in kernels]
+    spans = [
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA and not _is_note(event)
+    ]
     return "\n".join([_kinds(spans), _longest(spans, rows)])
+
+
+def _is_note(event: Any) -> bool:
+    """True for a named region on the device's timeline, which holds kernels and is none."""
+    named = event.name.startswith(("Optimizer.", "ProfilerStep", "Torch-Compiled", "CompiledFunction", "## "))
+    return named or getattr(event, "is_user_annotation", False)
 
 
 def _kinds(spans: list[tuple[float, float, str]]) -> str:

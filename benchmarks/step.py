@@ -261,10 +261,14 @@ def attempt(bench: argparse.Namespace, args: argparse.Namespace, way: str, ceili
         message = " ".join(str(error).split())[:200]
         row = {"way": way, "length": args.seq_length, "batch": args.batch_size}
         row["error"] = f"{type(error).__name__}: {message}"
+    give_back_memory()
+    return row
+
+
+def give_back_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return row
 
 
 def matrix_ceiling(device: torch.device, dtype: torch.dtype) -> float:
@@ -353,6 +357,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{name}, torch {torch.__version__}, {base.dtype}, ceiling {ceiling / 1e12:.2f} TFLOP/s", flush=True)
     if base.teacher_fp8:
         print(f"KL(bf16 || fp8 teacher) on random weights: {fp8_distance(bench, base):.2e} nats a token", flush=True)
+        give_back_memory()
     ways = ["plain"] if bench.only_plain else ["ours", "plain"] if bench.plain else ["ours"]
     rows: list[dict[str, Any]] = []
     for length in bench.seq_length:
