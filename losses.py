@@ -128,9 +128,8 @@ def dense_kd_loss(
         kl = F.kl_div(logits.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="none").sum(-1)
         agree = (logits.argmax(-1) == target.argmax(-1)).to(wide)
     total = (loss * mask).sum()
-    return KDTerms(
-        total * grad_scale, total.detach(), *((v.detach() * mask).sum() for v in (kl, ce, agree)), mask.sum()
-    )
+    kl_sum, ce_sum, agree_sum = ((value.detach() * mask).sum() for value in (kl, ce, agree))
+    return KDTerms(total * grad_scale, total.detach(), kl_sum, ce_sum, agree_sum, mask.sum())
 
 
 def chunked_kd_loss(

@@ -95,7 +95,8 @@ def get_teacher_model(
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(_load_failure("teacher weights", name, local_files_only, error)) from error
-    return as_teacher(teacher.to(device))
+    placed: Any = teacher
+    return as_teacher(placed.to(device))
 
 
 def as_teacher(model: PreTrainedModel) -> PreTrainedModel:
@@ -147,7 +148,8 @@ def get_student_model(
     except (OSError, ValueError) as error:
         raise UserError(_load_failure("student", name, local_files_only, error)) from error
     check_pair(student.config, teacher.config, name)
-    return student.to(device)
+    placed: Any = student
+    return placed.to(device)
 
 
 def check_pair(student: LlambaConfig, teacher: Any, name: str) -> None:

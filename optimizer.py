@@ -121,7 +121,7 @@ class MasterAdamW(_SkippingOptimizer):
         scale, found = self._controls(masters[0].device)
         torch._fused_adamw_(
             masters,
-            [local(p.grad).to(m.dtype) for p, m in zip(parameters, masters)],
+            [local(p.grad).to(m.dtype) for p, m in zip(parameters, masters) if p.grad is not None],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
@@ -153,7 +153,7 @@ class MasterAdamW(_SkippingOptimizer):
             state["step"] = torch.ones((), device=data.device)
         return state
 
-    def master_weights(self) -> dict[nn.Parameter, Tensor]:
+    def master_weights(self) -> dict[Tensor, Tensor]:
         """The exact float32 weights that the parameters are rounded from."""
         return {p: self._master(local(p.detach()), state) for p, state in self.state.items()}
 
@@ -198,7 +198,7 @@ class AdamW8bit(MasterAdamW):
         self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], scalars: Tensor, found: Tensor
     ) -> None:
         block = state["m"].shape[1]
-        flat = [weight.view(-1, block), grad.reshape(-1, block)]
+        flat: list[Any] = [weight.view(-1, block), grad.reshape(-1, block)]
         flat.append(state["low"].view(-1, block) if "low" in state else flat[0])
         flat += [state[name] for name in ("m", "m_scale", "v", "v_scale")]
         if self.compile:
@@ -208,7 +208,7 @@ class AdamW8bit(MasterAdamW):
             return
         rows = max(1, EAGER_SLICE // block)  # so that the float32 temporaries stay small
         for start in range(0, flat[0].shape[0], rows):
-            update_blocks(*(tensor[start : start + rows] for tensor in flat), scalars, found)
+            update_blocks(*[*(tensor[start : start + rows] for tensor in flat), scalars, found])
 
     def _block_state(self, p: nn.Parameter) -> dict[str, Tensor]:
         state = self.state[p]
@@ -343,18 +343,18 @@ def wsd_multiplier(total: int, warmup: int, decay: int, floor: float) -> Callabl
 
     decay = min(decay, total - warmup)
     probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    library = get_wsd_schedule(
+    library: Any = get_wsd_schedule(
         probe,
         num_warmup_steps=warmup,
         num_stable_steps=total - warmup - decay,
         num_decay_steps=decay,
         min_lr_ratio=floor,
-    ).lr_lambdas[0]
+    )
 
     def multiplier(step: int) -> float:
-        if step > total or (step == total and decay):
-            return floor
-        return max(floor, library(step))
+        if step >= total:
+            return 1.0 if step == total == 1 else floor
+        return max(floor, library.lr_lambdas[0](step))
 
     return multiplier
 

@@ -180,10 +180,8 @@ class Session:
     def save(self, progress: Progress, stage: Stage) -> None:
         """Write `checkpoint-<step>`: whole state, so that a resumed run equals one never interrupted."""
         self.micro_steps_saved = progress.micro_step
-        name = f"checkpoint-{progress.optimizer_step}"
-        if progress.best.get("step") == progress.optimizer_step:
-            self.store.best = name
-        self._write(name, self._trainer_state(stage), finished=False)
+        best = progress.best.get("step") == progress.optimizer_step
+        self._write(f"checkpoint-{progress.optimizer_step}", self._trainer_state(stage), best=best)
         self.clock.restart()
 
     def save_final(self) -> None:
@@ -197,7 +195,7 @@ class Session:
         except (OSError, ValueError) as error:
             log.warning("loss.png could not be drawn: %s", error)
 
-    def _write(self, name: str, state: dict[str, Any], *, finished: bool) -> None:
+    def _write(self, name: str, state: dict[str, Any], *, finished: bool = False, best: bool = False) -> None:
         assert self.models is not None
         progress = self.progress.as_dict()
         progress.pop("loader")
@@ -216,6 +214,7 @@ class Session:
             metadata=metadata,
             frozen=frozen_names(self.models.student),
             dtype=self.models.dtype,
+            best=best,
             model_card=model_card(metadata),
         )
 

@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -122,7 +122,7 @@ class DistillationStep(nn.Module):
 
     def __init__(
         self,
-        student: nn.Module,
+        student: Any,
         teacher_head: torch.Tensor | None,
         *,
         temperature: float = 1.0,
@@ -133,9 +133,11 @@ class DistillationStep(nn.Module):
         autocast: torch.dtype | None = None,
     ):
         super().__init__()
-        self.student = student
+        self.student: Any = student
         self.teacher_head = [teacher_head]  # in a list: no parameter or buffer of this module
-        self.options = dict(temperature=temperature, kl_weight=kl_weight, ce_weight=ce_weight, compile=compile)
+        self.options: dict[str, Any] = dict(
+            temperature=temperature, kl_weight=kl_weight, ce_weight=ce_weight, compile=compile
+        )
         self.accumulate_head_in_place = accumulate_head_in_place
         self.autocast = autocast
 
@@ -194,7 +196,7 @@ def kd_micro_step(step: nn.Module, teacher_forward: Callable[[DeviceBatch], None
     return micro_step
 
 
-def feed(stage: Stage) -> Iterator[DeviceBatch]:
+def feed(stage: Stage) -> Generator[DeviceBatch]:
     """Batches on the stage's device, `stage.ahead` of them prepared before their turn.
 
     Each carries the loader's state after it, so that looking ahead never moves a checkpoint's position.
@@ -298,7 +300,7 @@ class Meter:
 
     def __init__(self, progress: Progress, stage: Stage):
         self.progress, self.stage = progress, stage
-        self.sums: dict[str, torch.Tensor | float] = dict(progress.meter)
+        self.sums: dict[str, Any] = dict(progress.meter)
         self.rate = 0.0
         self.restart()
 
@@ -334,7 +336,7 @@ class Meter:
         sums = self.totals()
         tokens, steps = max(sums["tokens"], 1.0), max(sums["steps"], 1.0)
         elapsed = time.perf_counter() - self.since
-        figures = {f"train/{name}": sums[name] / tokens for name in shared if name != "tokens"}
+        figures: dict[str, Any] = {f"train/{name}": sums[name] / tokens for name in shared if name != "tokens"}
         done, total = self.progress.stage_step, self.progress.stage_total
         seconds = elapsed / max(self.steps, 1)
         figures |= {

@@ -209,7 +209,7 @@ class Tracker:
         def send(run: Any) -> None:
             import wandb
 
-            run.log({name: wandb.Table(columns=columns, data=rows), "train/optimizer_step": step})
+            run.log({name: wandb.Table(columns=list(columns), data=rows), "train/optimizer_step": step})
 
         self._wandb(send)
 
@@ -245,7 +245,7 @@ def start_wandb(
         project=os.environ.get("WANDB_PROJECT", project),
         entity=os.environ.get("WANDB_ENTITY", entity),
         name=os.environ.get("WANDB_NAME", name),
-        mode=os.environ.get("WANDB_MODE", mode),
+        mode=os.environ.get("WANDB_MODE", mode),  # type: ignore[arg-type]
         id=run_id,
         resume="allow" if run_id else None,
         config=config,

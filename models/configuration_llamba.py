@@ -58,14 +58,14 @@ class LlambaConfig(PreTrainedConfig):
         self.pad_vocab_size_multiple = pad_vocab_size_multiple
         self.lm_head_bias = lm_head_bias
         self.norm_epsilon = norm_epsilon
-        self.mlp_cfg = {"intermediate_size": 14336, "bias": False, "act_fn": "silu"} | (mlp_cfg or {})
-        defaults = {"d_state": 64, "n_v_heads": 32, "n_qk_heads": 32, "expand": 1, "chunk_size": 128}
-        self.ssm_cfg = defaults | {"activation": "identity", "bias": False} | (ssm_cfg or {})
+        self.mlp_cfg: dict[str, Any] = {"intermediate_size": 14336, "bias": False, "act_fn": "silu"} | (mlp_cfg or {})
+        defaults: dict[str, Any] = {"d_state": 64, "n_v_heads": 32, "n_qk_heads": 32, "expand": 1, "chunk_size": 128}
+        self.ssm_cfg: dict[str, Any] = defaults | {"activation": "identity", "bias": False} | (ssm_cfg or {})
         self.attention_layers = sorted(attention_layers or [])
         self.attention_cfg = attention_cfg
         self._check_heads()
-        kwargs.pop("tie_word_embeddings", None)
-        super().__init__(tie_word_embeddings=tie_embeddings, **kwargs)
+        kwargs["tie_word_embeddings"] = tie_embeddings
+        super().__init__(**kwargs)
 
     def _check_heads(self) -> None:
         heads, groups = self.ssm_cfg["n_v_heads"], self.ssm_cfg["n_qk_heads"]
@@ -90,7 +90,7 @@ class LlambaConfig(PreTrainedConfig):
     def attention_config(self) -> PreTrainedConfig:
         """The transformers configuration that the attention layers are built from."""
         fields = dict(self.attention_cfg or {})
-        config_class = CONFIG_MAPPING[fields.pop("model_type")]
+        config_class: Any = CONFIG_MAPPING[fields.pop("model_type")]
         return config_class(
             vocab_size=self.vocab_size,
             hidden_size=self.d_model,

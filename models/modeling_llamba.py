@@ -30,6 +30,9 @@ class MixerState(CacheLayerMixin):
     resetting are transformers' own.
     """
 
+    keys: Any
+    values: Any
+
     def __init__(self) -> None:
         super().__init__()
         self.cumulative_length = 0
@@ -57,10 +60,10 @@ class MixerState(CacheLayerMixin):
         return -1
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.keys, self.values = (s.repeat_interleave(repeats, dim=0) for s in (self.keys, self.values))
+        self.batch_select_indices(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.keys, self.values = self.keys[indices], self.values[indices]
+        self.keys, self.values = (state[indices.to(state.device)] for state in (self.keys, self.values))
 
 
 class LlambaRMSNorm(nn.Module):
@@ -105,7 +108,7 @@ class LlambaMixer(nn.Module):
         width = self.d_conv + self.d_inner + self.n_v_heads
         self.in_proj = nn.Linear(config.d_model, width, bias=ssm["bias"])
         self.z_bias = nn.Parameter(torch.zeros(self.d_inner))
-        self.conv1d = nn.Conv1d(self.d_conv, self.d_conv, CONV_WIDTH, groups=self.d_conv, bias=True)
+        self.conv1d: Any = nn.Conv1d(self.d_conv, self.d_conv, CONV_WIDTH, groups=self.d_conv, bias=True)
         self.D = nn.Parameter(torch.ones(self.n_v_heads))
         self.out_proj = nn.Linear(self.d_inner, config.d_model, bias=ssm["bias"])
         self.activation = nn.Identity() if ssm["activation"] == "identity" else ACT2FN[ssm["activation"]]
@@ -262,6 +265,7 @@ class AttentionInputs:
 
 class LlambaPreTrainedModel(PreTrainedModel):
     config_class = LlambaConfig
+    config: LlambaConfig
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
     _no_split_modules = ["LlambaBlock"]  # noqa: RUF012
@@ -282,7 +286,7 @@ class LlambaModel(LlambaPreTrainedModel):
 
     def __init__(self, config: LlambaConfig):
         super().__init__(config)
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding: nn.Module = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(self._make_layer(index) for index in range(config.n_layer))
         self.final_layernorm = LlambaRMSNorm(config.d_model, config.norm_epsilon)
         self.attention_config: Any = None
@@ -290,7 +294,7 @@ class LlambaModel(LlambaPreTrainedModel):
         if config.attention_layers:
             self.attention_config = config.attention_config()
             self.attention_config._attn_implementation = config._attn_implementation
-            layer_class, rotary_class = attention_parts(config.attention_cfg["model_type"])
+            layer_class, rotary_class = attention_parts(self.attention_config.model_type)
             for index in config.attention_layers:
                 self.layers[index] = layer_class(self.attention_config, index)
             self.rotary_emb = rotary_class(self.attention_config)
@@ -390,7 +394,8 @@ class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
             return
         backbone = self.backbone
         for index, layer in layers.items():
-            layer.self_attn.layer_idx = index
+            attention: Any = layer.self_attn
+            attention.layer_idx = index
             backbone.layers[index] = layer
         self.config.attention_layers = sorted({*self.config.attention_layers, *layers})
         self.config.attention_cfg = LlambaConfig.describe_attention(teacher_config)

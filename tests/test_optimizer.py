@@ -1,0 +1,200 @@
+"""Optimizers that lose no update, their state, the schedule as a table, and the clipped step."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from optimizer import (
+    AdamW8bit,
+    block_length,
+    build_optimizer,
+    build_schedule,
+    clip_and_step,
+    join_master,
+    parameter_groups,
+    split_master,
+)
+
+
+def test_the_two_halves_are_the_exact_master():
+    values = torch.randn(100_000) * torch.exp(torch.randn(100_000) * 8)
+    ties = (torch.arange(-(2**15), 2**15, dtype=torch.int32) + (0x3F80 << 16) + 0x8000).view(torch.float32)
+    for master in (values, ties, torch.zeros(3), -values):
+        high, low = split_master(master)
+        assert high.dtype == torch.bfloat16 and low.dtype == torch.int16
+        assert torch.equal(join_master(high, low), master)
+        assert ((high.float() - master).abs() <= master.abs() * 2**-8).all()
+
+
+def train(name, dtype, steps=300, lr=1e-5):
+    """A noisy quadratic from the same start with the same noise; returns (start, end) of the master weights."""
+    generator = torch.Generator().manual_seed(5)
+    start = (torch.randn(100, 192, generator=generator) * 0.02).bfloat16().float()
+    goal = torch.randn(100, 192, generator=generator) * 0.02
+    module = nn.Linear(192, 100, bias=False)
+    module.weight.data = start.clone().to(dtype)
+    if name == "plain":
+        optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+    else:
+        optimizer = build_optimizer(name, module, lr=lr, weight_decay=0.1)
+    for _ in range(steps):
+        noise = torch.randn(100, 192, generator=generator) * torch.exp(torch.randn(100, 1, generator=generator))
+        module.weight.grad = (start - goal + 0.05 * noise).to(dtype)
+        optimizer.step()
+    masters = getattr(optimizer, "master_weights", dict)()
+    return start, masters.get(module.weight, module.weight.detach().float())
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_300_small_updates_in_bf16_end_where_float32_ends(name):
+    start, wanted = train("adamw", torch.float32)
+    _, given = train(name, torch.bfloat16)
+    _, lost = train("plain", torch.bfloat16)
+    moved = (wanted - start).norm()
+    assert (given - wanted).norm() / moved < 1e-2
+    assert (lost - wanted).norm() / moved > 0.3
+
+
+def test_adamw_is_torchs():
+    module, twin = nn.Linear(8, 5), nn.Linear(8, 5)
+    twin.load_state_dict(module.state_dict())
+    ours = build_optimizer("adamw", module, lr=1e-2, weight_decay=0.1)
+    theirs = torch.optim.AdamW(parameter_groups(twin, 0.1), lr=1e-2, betas=(0.9, 0.95))
+    for _ in range(5):
+        for p, q in zip(module.parameters(), twin.parameters()):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+    assert all(torch.allclose(p, q, atol=1e-7) for p, q in zip(module.parameters(), twin.parameters()))
+
+
+def test_no_decay_on_vectors():
+    groups = parameter_groups(nn.ModuleList([nn.Linear(4, 4), nn.LayerNorm(4)]), 0.1)
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert [p.ndim for p in groups[0]["params"]] == [2] and {p.ndim for p in groups[1]["params"]} == {1}
+
+
+def test_bytes_of_state():
+    module = nn.Linear(1024, 512, bias=False, dtype=torch.bfloat16)
+    optimizer = build_optimizer("adamw8bit", module, lr=1e-3, weight_decay=0.1)
+    module.weight.grad = torch.randn_like(module.weight)
+    optimizer.step()
+    state = optimizer.state[module.weight]
+    assert sum(v.numel() * v.element_size() for v in state.values()) / module.weight.numel() < 4.1
+
+
+def test_block_lengths_divide_rows():
+    assert block_length(torch.zeros(3, 4096)) == 256 and block_length(torch.zeros(3, 576)) == 192
+    assert block_length(torch.zeros(3, 1, 4)) is None and block_length(torch.zeros(4096)) is None
+    assert block_length(torch.zeros(3, 577)) is None
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_restored_state_goes_on_bit_for_bit(name, dtype, tmp_path):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(192, 70), nn.LayerNorm(70), nn.Linear(70, 3)).to(dtype)
+    optimizer = build_optimizer(name, module, lr=1e-3, weight_decay=0.1)
+    gradients = [[torch.randn_like(p) for p in module.parameters()] for _ in range(6)]
+
+    def step(module, optimizer, index):
+        for p, g in zip(module.parameters(), gradients[index]):
+            p.grad = g.clone()
+        clip_and_step(optimizer, list(module.parameters()), 1.0)
+
+    for index in range(3):
+        step(module, optimizer, index)
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    twin = copy.deepcopy(module)
+    restored = build_optimizer(name, twin, lr=1e-3, weight_decay=0.1)
+    restored.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for index in range(3, 6):
+        step(module, optimizer, index)
+        step(twin, restored, index)
+    assert all(torch.equal(p, q) for p, q in zip(module.parameters(), twin.parameters()))
+    masters, again = optimizer.master_weights(), restored.master_weights()
+    assert all(torch.equal(masters[p], again[q]) for p, q in zip(module.parameters(), twin.parameters()))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "flashadamw"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_non_finite_gradient_changes_nothing(name, value):
+    module = nn.Sequential(nn.Linear(128, 10), nn.LayerNorm(10)).bfloat16()
+    optimizer = build_optimizer(name, module, lr=1e-2, weight_decay=0.1)
+    parameters = list(module.parameters())
+
+    def fill():
+        for p in parameters:
+            p.grad = torch.randn_like(p)
+
+    fill()
+    _, bad = clip_and_step(optimizer, parameters, 1.0)
+    assert bad == 0
+    before = copy.deepcopy([p.detach() for p in parameters])
+    state = copy.deepcopy(optimizer.state_dict()["state"])
+    fill()
+    parameters[0].grad[0, 0] = value
+    norm, bad = clip_and_step(optimizer, parameters, 1.0)
+    assert bad == 1 and not torch.isfinite(norm)
+    assert all(torch.equal(p, q) for p, q in zip(parameters, before))
+    after = optimizer.state_dict()["state"]
+    for index in state:
+        for key, kept in state[index].items():
+            assert torch.equal(torch.as_tensor(kept), torch.as_tensor(after[index][key])), key
+
+
+def test_clipping_is_by_the_global_norm():
+    module, twin = nn.Linear(64, 64), nn.Linear(64, 64)
+    twin.load_state_dict(module.state_dict())
+    optimizers = [build_optimizer("adamw", m, lr=1e-2, weight_decay=0.0) for m in (module, twin)]
+    for p, q in zip(module.parameters(), twin.parameters()):
+        p.grad = torch.randn_like(p)
+        q.grad = p.grad.clone()
+    norm, _ = clip_and_step(optimizers[0], list(module.parameters()), 0.5)
+    wanted = torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
+    optimizers[1].step()
+    assert torch.allclose(norm, wanted)
+    for p, q in zip(module.parameters(), twin.parameters()):
+        ours, theirs = optimizers[0].state[p]["exp_avg"], optimizers[1].state[q]["exp_avg"]
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-9)
+
+
+TABLES = {
+    (1, 0.1, 0.1): [1.0, 0.001],
+    (2, 0.0, 0.0): [1.0, 0.001, 0.001],
+    (10, 0.1, 0.1): [1.0] * 9 + [0.001, 0.001],
+    (10, 0.0, 0.2): [1.0] * 8 + [0.2928932, 0.001, 0.001],
+    (20, 0.1, 0.2): [0.5] + [1.0] * 15 + [0.5, 0.2928932, 0.1339746, 0.001, 0.001],
+    (4, 0.5, 0.5): [0.5, 1.0, 0.2928932, 0.001, 0.001],
+}
+
+
+@pytest.mark.parametrize("case", TABLES)
+def test_schedule_step_by_step(case):
+    total, warmup, decay = case
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-5)
+    schedule = build_schedule(optimizer, total, max_lr=1e-5, min_lr=1e-8, warmup_ratio=warmup, decay_ratio=decay)
+    rates = []
+    for _ in TABLES[case]:
+        rates.append(schedule.get_last_lr()[0] / 1e-5)
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx(TABLES[case], rel=1e-5)
+
+
+@pytest.mark.gpu
+def test_compiled_blocks_equal_eager_ones():
+    module = nn.Linear(512, 300, bias=False, dtype=torch.bfloat16, device="cuda")
+    twin = copy.deepcopy(module)
+    eager = AdamW8bit(parameter_groups(module, 0.1), lr=1e-3)
+    compiled = AdamW8bit(parameter_groups(twin, 0.1), lr=1e-3, compile=True)
+    for _ in range(5):
+        module.weight.grad = torch.randn_like(module.weight)
+        twin.weight.grad = module.weight.grad.clone()
+        eager.step()
+        compiled.step()
+    ours, theirs = compiled.master_weights()[twin.weight], eager.master_weights()[module.weight]
+    assert (ours - theirs).norm() / theirs.norm() < 1e-4
