@@ -27,7 +27,7 @@ def test_chunked_equals_dense_in_float64(dtype, n, weights, in_place):
     temperature, kl_weight, ce_weight = weights
     hidden, head, theirs, their_head, labels, valid = problem(n, dtype)
     options = dict(temperature=temperature, kl_weight=kl_weight, ce_weight=ce_weight, grad_scale=0.3)
-    exact_hidden, exact_head = hidden.double().requires_grad_(), head.double().requires_grad_()
+    exact_hidden, exact_head = (x.detach().double().clone().requires_grad_() for x in (hidden, head))
     target = theirs.double() @ their_head.double().T if kl_weight else None
     wanted = dense_kd_loss(exact_hidden @ exact_head.T, target, labels, valid, **options)
     wanted.loss.backward()
@@ -157,7 +157,7 @@ def test_accumulated_product():
 @pytest.mark.gpu
 def test_on_a_gpu_compiled():
     hidden, head, theirs, their_head, labels, valid = (x.cuda() for x in problem(300, torch.bfloat16, V=1000, d=64))
-    exact_hidden, exact_head = hidden.double().requires_grad_(), head.double().requires_grad_()
+    exact_hidden, exact_head = (x.detach().double().clone().requires_grad_() for x in (hidden, head))
     wanted = dense_kd_loss(exact_hidden @ exact_head.T, theirs.double() @ their_head.double().T, labels, valid)
     wanted.loss.backward()
     hidden.requires_grad_(), head.requires_grad_()
