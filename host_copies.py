@@ -30,10 +30,11 @@ class HostCopies:
         """
         self._seen: dict[Any, torch.Tensor] = {}
         self._used: set[str] = set()
+        self._devices: set[torch.device] = set()
         copy = rebuilt(state, self._copy_tensor)
         self.buffers = {path: buffer for path, buffer in self.buffers.items() if path in self._used}
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            torch.cuda.synchronize()
+        for device in self._devices:
+            torch.cuda.synchronize(device)
         return copy
 
     def reserve(self, state: Any) -> None:
@@ -66,6 +67,8 @@ class HostCopies:
             np.copyto(_as_bytes(buffer), _as_bytes(tensor))  # one thread: copy_'s many wait for each other's cores
         else:
             buffer.copy_(tensor, non_blocking=True)
+            if tensor.device.type == "cuda":
+                self._devices.add(tensor.device)
         self._used.add(path)
         if tensor.numel():
             self._seen[memory] = buffer

@@ -1,9 +1,11 @@
 """Faults while a checkpoint is written, and in what is found on the disk: real processes, real file systems."""
 
 import contextlib
+import itertools
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,12 +18,10 @@ from checkpoint_tools import METADATA, flip_bit, frozen_names, make_store, names
 from conftest import ROOT, tiny_llama_config
 from transformers import LlamaForCausalLM
 
+import run_folder
 from arguments import UserError
 from checkpoint_files import damage
-from checkpoints import (
-    CheckpointStore,
-    read_metadata,
-)
+from checkpoints import CheckpointStore, read_metadata, read_trainer_state
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_killed_at_random_moments_a_complete_checkpoint_is_left(tmp_path):
     context = quick_processes()
     rng = random.Random(5)
     last = 0
-    for _ in range(10):
+    for _ in range(6):
         ready = context.Event()
         process = context.Process(target=save_for_ever, args=(str(tmp_path), ready))
         process.start()
@@ -123,21 +123,80 @@ def test_killed_at_random_moments_a_complete_checkpoint_is_left(tmp_path):
         assert all(name.startswith("checkpoint-") for name in names_in(tmp_path))
 
 
-def save_and_leave(folder: str, crash: bool) -> None:
+def die_at(count: int) -> None:
+    """SIGKILL this process just before its count-th operation on the file system."""
+    left = itertools.count(count, -1)
+
+    def deadly(function):
+        def call(*args, **kwargs):
+            if next(left) == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ("write", "fsync", "rename", "mkdir", "link", "unlink", "rmdir", "open"):
+        setattr(os, name, deadly(getattr(os, name)))
+    run_folder.exchange = deadly(run_folder.exchange)
+
+
+def die_at_every_operation(folder: str, atomic: bool, queue) -> None:
+    """Save a new checkpoint, prune the old one, save the new one again: killed before each single operation."""
+    torch.set_num_threads(1)
+    model, run = LlamaForCausalLM(tiny_llama_config(num_hidden_layers=1)), Path(folder) / "run"
+    if not atomic:
+        run_folder.exchange = lambda one, other: False
+    first = Path(folder) / "first"
+    assert save(make_store(first), "checkpoint-1", model, trainer_state={"n": 1}, frozen=frozen_names(model))
+    for count in itertools.count():
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(first, run)
+        process = os.fork()
+        if process == 0:
+            store = make_store(run, keep=1)
+            die_at(count)
+            for n in (2, 3):
+                save(store, "checkpoint-2", model, trainer_state={"n": n}, frozen=frozen_names(model))
+            os._exit(0)
+        _, status = os.waitpid(process, 0)
+        store = make_store(run)
+        newest = store.newest()
+        queue.put((status, list(store.log), newest and newest.name, newest and read_trainer_state(newest)["n"]))
+        if status == 0:
+            return
+
+
+@pytest.mark.parametrize("atomic", [True, False])
+def test_killed_before_each_operation_on_the_file_system(tmp_path, atomic):
+    context = quick_processes()
+    queue = context.Queue()
+    process = context.Process(target=die_at_every_operation, args=(str(tmp_path), atomic, queue))
+    process.start()
+    seen = []
+    while not seen or seen[-1][0] != 0:
+        seen.append(queue.get(timeout=60))
+        assert seen[-1][1] == []  # whatever the moment, no damaged checkpoint is ever in sight
+        assert seen[-1][2:] in [("checkpoint-1", 1), ("checkpoint-2", 2), ("checkpoint-2", 3)]
+    process.join()
+    states = [n for *_, n in seen]
+    assert states == sorted(states)
+    assert min(states.count(n) for n in (1, 2)) > 20  # operations
+    assert states[-1] == 3
+
+
+def save_and_leave(folder: str) -> None:
     torch.set_num_threads(1)
     model = LlamaForCausalLM(tiny_llama_config(num_hidden_layers=1))
     state = {"moments": [torch.randn(1_000_000) for _ in range(8)]}
     save(make_store(Path(folder)), "checkpoint-1", model, trainer_state=state, wait=False)
-    if crash:
-        raise RuntimeError("training broke down")
+    raise RuntimeError("training broke down")
 
 
-@pytest.mark.parametrize("crash", [False, True])
-def test_a_process_that_ends_without_waiting_finishes_its_checkpoint(tmp_path, crash):
-    code = f"from test_checkpoint_faults import *; save_and_leave({str(tmp_path)!r}, {crash})"
+def test_a_process_that_ends_without_waiting_finishes_its_checkpoint(tmp_path):
+    code = f"from test_checkpoint_faults import *; save_and_leave({str(tmp_path)!r})"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == int(crash), done.stderr
+    assert done.returncode == 1, done.stderr
     assert names_in(tmp_path) == ["checkpoint-1"]
     assert damage(tmp_path / "checkpoint-1") is None
 
