@@ -62,16 +62,6 @@ def real(minimum: float, *, above: bool = False, maximum: float = math.inf):
     return parse
 
 
-def layer(text: str) -> int | str:
-    """A layer index, or `auto:K`."""
-    if re.fullmatch(r"auto:[1-9]\d*", text):
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a layer index nor auto:K") from None
-
-
 def device(text: str) -> str:
     """`cpu`, `cuda` or `cuda:N`."""
     if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
@@ -96,10 +86,10 @@ def build_parser() -> Parser:
     )
     add(
         "--layers",
-        type=layer,
+        type=int,
         nargs="+",
         default=[10, 14, 17, 30],
-        help="layers to replace by the teacher's; negative ones are ignored (-1: none); auto:K picks K",
+        help="layers to replace by the teacher's; negative ones are ignored (-1: none)",
     )
     add("--freeze_mlp", action="store_true", help="do not train the MLPs")
     add("--freeze_replaced_layers", action="store_true", help="do not train the replaced layers")
@@ -182,7 +172,6 @@ def build_parser() -> Parser:
         default="bfloat16",
         help="dtype of weights and products",
     )
-    add("--parallel", choices=["auto", "ddp", "fsdp"], default="auto", help="under torchrun: replicate or shard")
     add("--no_compile", action="store_true", help="run eagerly on CUDA too")
     add(
         "--gradient_checkpointing",
@@ -190,15 +179,13 @@ def build_parser() -> Parser:
         default="auto",
         help="activations to recompute; auto: as few as the memory allows",
     )
-    add("--ssd_backend", choices=["auto", "torch"], default="auto", help="kernels of the state-space operator")
+    add("--update_in_backward", action="store_true", help="update each weight as soon as its gradient is there")
     add("--teacher_fp8", action="store_true", help="teacher's matrix products in fp8, where the card has it")
     add("--deterministic", action="store_true", help="deterministic GPU kernels, slower")
 
     add = parser.add_argument_group("logging").add_argument
     add("--log_interval", type=whole(1), default=1, help="optimizer steps a log line")
     add("--log_file", default=None, help="file for the log, beside the terminal")
-    add("--diagnostics_interval", type=whole(0), default=0, help="optimizer steps between per-layer figures; 0: off")
-    add("--sample_interval", type=whole(0), default=0, help="optimizer steps between sample generations; 0: off")
     add("--wandb", action="store_true", help="report to Weights & Biases")
     add("--wandb_project", default="llamba-distill", help="W&B project")
     add("--wandb_run_name", default=None, help="W&B run name")
@@ -227,10 +214,10 @@ def build_parser() -> Parser:
 
 # Flags that do not change what is computed: a resumed run may change them freely.
 FREE_FLAGS = frozenset(
-    "device teacher_device no_compile gradient_checkpointing ssd_backend log_interval log_file diagnostics_interval "
-    "sample_interval wandb wandb_project wandb_run_name wandb_entity wandb_mode eval_interval eval_dataset eval_tokens "
+    "device teacher_device no_compile gradient_checkpointing log_interval log_file wandb wandb_project "
+    "wandb_run_name wandb_entity wandb_mode eval_interval eval_dataset eval_tokens "
     "output_dir save_interval save_minutes keep_checkpoints resume resume_force resume_step local_files_only "
-    "network_patience max_bad_steps parallel deterministic".split()
+    "network_patience max_bad_steps deterministic".split()
 )
 RESULT_FLAGS = frozenset(action.dest for action in build_parser()._actions if action.dest != "help") - FREE_FLAGS
 
@@ -250,10 +237,10 @@ def validate(args: argparse.Namespace) -> None:
         raise UserError("--kl_weight 0 and --ce_weight 0 leave no loss; set one of them above 0")
     if args.min_lr > args.max_lr:
         raise UserError(f"--min_lr {args.min_lr:g} is above --max_lr {args.max_lr:g}; lower it")
-    if any(isinstance(entry, str) for entry in args.layers) and len(args.layers) > 1:
-        raise UserError("--layers auto:K stands alone; give either indices or auto:K")
     if args.eval_interval and not args.eval_dataset:
         raise UserError("--eval_interval needs --eval_dataset, the held-out text to evaluate on")
+    if args.update_in_backward and args.grad_accumulation_steps > 1:
+        raise UserError("--update_in_backward needs --grad_accumulation_steps 1: each gradient is used once")
     _check_packages(args)
     check_folder_writable("--output_dir", Path(args.output_dir))
     if args.log_file:

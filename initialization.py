@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from models import LlambaConfig, LlambaForCausalLM
 
@@ -64,18 +63,19 @@ def student_config(teacher: Any) -> LlambaConfig:
 
 
 def student_from_teacher(
-    teacher: PreTrainedModel, *, dtype: torch.dtype, device: torch.device | str
+    teacher: Any, *, dtype: torch.dtype, device: torch.device | str
 ) -> LlambaForCausalLM:
     """A student of the teacher's sizes with every mixer started from the teacher's attention of that layer."""
     with torch.device(device):
-        student = LlambaForCausalLM(student_config(teacher.config)).to(dtype)
+        student: Any = LlambaForCausalLM(student_config(teacher.config))
+        student.to(dtype)
     for index, layer in enumerate(student.backbone.layers):
         start_mixer(layer.mixer, teacher.model.layers[index].self_attn, teacher.config)
     return student
 
 
 @torch.no_grad()
-def start_mixer(mixer: nn.Module, attention: nn.Module, config: Any) -> None:
+def start_mixer(mixer: Any, attention: Any, config: Any) -> None:
     """Write one attention layer's projections into a mixer, as the module's docstring says.
 
     q_proj [H*P, d], k_proj and v_proj [KV*P, d], o_proj [d, H*P] -> in_proj rows (x, B, C, z, A_log), out_proj.
@@ -107,7 +107,7 @@ def start_mixer(mixer: nn.Module, attention: nn.Module, config: Any) -> None:
 
 
 def attention_inputs_and_outputs(
-    teacher: PreTrainedModel, tokens: torch.Tensor
+    teacher: Any, tokens: torch.Tensor
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """(layer, normalised input, attention output) of every layer for tokens [b, t]; both tensors [b, t, d_model].
 
@@ -134,7 +134,7 @@ def attention_inputs_and_outputs(
 
 @torch.no_grad()
 def calibrate_mixers(
-    student: LlambaForCausalLM, teacher: PreTrainedModel, tokens: torch.Tensor, *, half_life: float = 64.0
+    student: Any, teacher: Any, tokens: torch.Tensor, *, half_life: float = 64.0
 ) -> dict[int, float]:
     """Set each mixer's decay and the scale of its output on a few real sequences, tokens int64 [b, t].
 

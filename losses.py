@@ -161,7 +161,8 @@ def chunked_kd_loss(
     theirs = None if teacher_hidden is None else teacher_hidden.detach().flatten(0, -2)
     head = student_head.to(hidden.dtype)
     most = CHUNK_LOGITS_COMPILED if compile else CHUNK_LOGITS_EAGER
-    chunk = chunk_size or max(1, min(hidden.shape[0], most // student_head.shape[0]))
+    fits = most // student_head.shape[0]
+    chunk = chunk_size or max(1, min(hidden.shape[0], fits - fits % 256 if fits >= 256 else fits))
     options = (temperature, kl_weight, ce_weight)
     data = (theirs, teacher_head, labels.flatten(), valid.flatten())
     if not torch.is_grad_enabled() or not (hidden.requires_grad or head.requires_grad):

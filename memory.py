@@ -117,7 +117,7 @@ class StepModel:
         return head.numel() * 4.0 if head.requires_grad else 0.0
 
     def embedding_gradient(self) -> float:
-        table = self.student.backbone.embedding.weight
+        table: Any = self.student.backbone.embedding.weight
         if not table.requires_grad:
             return 0.0
         return table.numel() * table.element_size() * (2.0 if self.args.grad_accumulation_steps > 1 else 1.0)

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from arguments import UserError
+from folder_checks import check_folder
 from models import LlambaConfig, LlambaForCausalLM
 from models.modeling_llamba import AttentionInputs
 
@@ -309,6 +310,8 @@ def _pattern(name: str) -> tuple[str, int | None]:
 
 def _require_model_folder(name: str) -> None:
     folder = Path(name).expanduser()
+    if folder.is_dir():
+        check_folder(folder)
     if not folder.is_dir():
         if folder.is_absolute() or name.startswith((".", "~")):
             raise UserError(f"model folder {name} does not exist")

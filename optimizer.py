@@ -247,7 +247,7 @@ def _compiled_update() -> Callable[..., None]:
 
 
 def advance(steps: list[Tensor], found: Tensor) -> None:
-    """Count one more update unless it was skipped. A list of addends: with a lone tensor the CPU would wait for it."""
+    """Count one more update unless it was skipped (a list of addends: for a lone tensor the CPU would wait)."""
     torch._foreach_add_(steps, [1 - found] * len(steps))
 
 

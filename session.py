@@ -187,8 +187,7 @@ class Session:
     def save_final(self) -> None:
         """Write `final`: the student alone, to be used, not resumed; then the plot."""
         self._write("final", {}, finished=True)
-        self.store.wait()
-        if not (self.output_dir / "final").exists():
+        if not self.store.wait():
             raise UserError(f"--output_dir {self.output_dir}: the final model could not be written (see the log)")
         try:
             plot_runs([self.output_dir], self.output_dir / "loss.png")
@@ -229,10 +228,10 @@ class Session:
         }
 
     def _exact_weights(self) -> dict[str, torch.Tensor]:
-        """Trainable parameters that `model.safetensors` rounds to `--dtype` (float16 keeps float32 parameters)."""
+        """Parameters that `model.safetensors` rounds to `--dtype` (float16 keeps float32 parameters)."""
         assert self.models is not None
         named = self.models.student.named_parameters()
-        return {n: p.detach() for n, p in named if p.requires_grad and p.dtype != self.models.dtype}
+        return {n: p.detach() for n, p in named if p.dtype != self.models.dtype}
 
     @torch.no_grad()
     def _restore_weights(self, weights: dict[str, torch.Tensor]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from acceleration import accelerate
+from acceleration import UpdateInBackward, accelerate
 from arguments import UserError
 from data import SourceSpec, build_loader, estimate_steps_per_epoch
 from initialization import calibrate_mixers, student_config
@@ -33,6 +33,7 @@ from model_utils import (
     transfer_teacher_weights,
 )
 from models import LlambaConfig, LlambaForCausalLM
+from mohawk import AlignmentStep, trained_mixers
 from optimizer import build_optimizer, build_schedule
 from trainer import DeviceBatch, DistillationStep, Stage, kd_micro_step
 
@@ -62,7 +63,7 @@ class Inputs:
 
 
 def check_inputs(args: argparse.Namespace, student_source: str) -> Inputs:
-    """Everything that can be wrong with the models, found from their configurations alone, and what they will take."""
+    """What can be wrong with the models, found from their configurations alone, and what they will take."""
     local = args.local_files_only
     teacher = load_config(args.teacher_model, local_files_only=local)
     check_teacher_config(teacher, args.teacher_model)
@@ -74,18 +75,13 @@ def check_inputs(args: argparse.Namespace, student_source: str) -> Inputs:
     else:
         student = load_config(student_source, config_class=LlambaConfig, local_files_only=local)
         check_pair(student, teacher, student_source)
-    check_layers(fixed_layers(args.layers), teacher.num_hidden_layers)
+    check_layers(args.layers, teacher.num_hidden_layers)
     estimate = None
     if args.device.startswith("cuda"):
         free, total = torch.cuda.mem_get_info(args.device)
         estimate = estimate_memory(teacher, student, args, free)
         log.info("estimated peak of a step: %s; free %.1f of %.1f GiB", estimate.describe(), free / GIB, total / GIB)
     return Inputs(get_tokenizer(args.teacher_model, local_files_only=local), estimate)
-
-
-def fixed_layers(layers: list[int | str]) -> list[int]:
-    """The indices of `--layers`; none for `auto:K`."""
-    return [entry for entry in layers if isinstance(entry, int)]
 
 
 def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, devices: Any) -> Models:
@@ -105,7 +101,7 @@ def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, 
     if is_distilled(student):
         log.info("%s is a distilled student: its weights and layers are kept as they are", student_source)
     else:
-        layers = check_layers(fixed_layers(args.layers), teacher.config.num_hidden_layers)
+        layers = check_layers(args.layers, teacher.config.num_hidden_layers)
         transfer_teacher_weights(student, teacher, replaced=layers)
         apply_replacements(student, teacher, layers)
         student.config.teacher_model = args.teacher_model
@@ -116,7 +112,8 @@ def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, 
     student.train()
     log.info(describe_parameters(student, teacher))
     models = Models(teacher, student, tokenizer, device, teacher_device, dtype)
-    accelerate(args, models, inputs.estimate.modes if inputs.estimate else "none")
+    on_cpu = "none" if args.gradient_checkpointing == "auto" else args.gradient_checkpointing
+    accelerate(args, models, inputs.estimate.modes if inputs.estimate else on_cpu)
     return models
 
 
@@ -251,6 +248,8 @@ def build_stage(
         warmup_ratio=args.warmup_ratio,
         decay_ratio=args.decay_ratio,
     )
+    if args.update_in_backward:
+        optimizer = UpdateInBackward(optimizer, args.grad_clip)  # type: ignore[assignment]
     apart = models.device != models.teacher_device
     return Stage(
         name=name,
@@ -278,7 +277,9 @@ def compiles(args: argparse.Namespace) -> bool:
 
 def _micro_step(args: argparse.Namespace, name: str, models: Models) -> tuple[Any, nn.Module, Any]:
     if name in ("matrix", "hidden"):
-        raise UserError(f"--{name}_tokens: the {name} stage is not available")
+        half = torch.float16 if models.dtype == torch.float16 else None
+        align = AlignmentStep(name, models.teacher, models.student, autocast=half)
+        return align, trained_mixers(models.student), None
     forward = TeacherForward(models) if args.kl_weight > 0 else None
     head = models.teacher.get_output_embeddings().weight.to(models.device) if forward else None
     step = DistillationStep(

@@ -259,7 +259,7 @@ def run_stage(stage: Stage, progress: Progress, services: Services) -> bool:
             watch.push(bad, window)
             if progress.optimizer_step % services.log_interval == 0:
                 services.log_metrics(progress, meter.read())
-            _periodic(services, progress)
+            meter.pause(lambda: _periodic(services, progress))
             if services.stop_requested() or _finished(stage, progress):
                 break
             if services.save_due(progress) or services.save_requested():
@@ -317,6 +317,12 @@ class Meter:
         self.rate = rate
         self.steps += 1
 
+    def pause(self, work: Callable[[], None]) -> None:
+        """Do something that is no part of a step's time, such as an evaluation."""
+        began = time.perf_counter()
+        work()
+        self.since += time.perf_counter() - began
+
     def totals(self) -> dict[str, float]:
         """The sums as plain numbers (waits for the device), so that a checkpoint can hold them."""
         names = list(self.sums)
@@ -336,7 +342,9 @@ class Meter:
         sums = self.totals()
         tokens, steps = max(sums["tokens"], 1.0), max(sums["steps"], 1.0)
         elapsed = time.perf_counter() - self.since
-        figures: dict[str, Any] = {f"train/{name}": sums[name] / tokens for name in shared if name != "tokens"}
+        figures: dict[str, Any] = {
+            name if "/" in name else f"train/{name}": sums[name] / tokens for name in shared if name != "tokens"
+        }
         done, total = self.progress.stage_step, self.progress.stage_total
         seconds = elapsed / max(self.steps, 1)
         figures |= {

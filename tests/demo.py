@@ -1,4 +1,4 @@
-"""`make demo`: both stages on a real pretrained teacher, on the CPU, in under 8 minutes after set-up.
+"""`make demo`: alignment and both stages on a real pretrained teacher, on the CPU, in under 8 minutes after set-up.
 
 The teacher is SmolLM2-135M-Instruct; the text is Python's own documentation (`pydoc_data.topics`) and conversations
 in OpenHermes' schema made from the standard library's docstrings. Everything lies under `.cache/` and `runs/demo`.
@@ -62,11 +62,12 @@ def train() -> None:
         *SHARED,
         *("--teacher_model", TEACHER, "--student_model", "from_teacher"),
         *("--layers", *"0 2 4 6 8 10 12 14 16 18 20 22 24 26 28".split()),
-        *("--dataset_name", TEXT / "train.jsonl.gz", "--dataset_subset", "", "--max_steps", 24),
+        *("--dataset_name", TEXT / "train.jsonl.gz", "--dataset_subset", "", "--max_steps", 20),
         *("--second_dataset_name", TEXT / "conversations.jsonl.gz"),
         *("--second_dataset_tokens", 8 * 512, "--second_dataset_epochs", 1),
+        *("--hidden_tokens", 32 * 512),
         *("--max_lr", "1e-3", "--min_lr", "1e-5", "--freeze_replaced_layers", "--freeze_mlp"),
-        *("--eval_dataset", TEXT / "heldout.jsonl.gz", "--eval_interval", 16, "--eval_tokens", 4096),
+        *("--eval_dataset", TEXT / "heldout.jsonl.gz", "--eval_interval", 60, "--eval_tokens", 2048),
         *("--output_dir", RUN, "--resume", "none"),
     ]
     subprocess.run([sys.executable, ROOT / "train.py", *map(str, flags)], check=True)

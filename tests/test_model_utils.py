@@ -178,7 +178,7 @@ def test_layer_indices():
 
 
 def test_wrong_pairs_and_teachers_are_named():
-    with pytest.raises(UserError, match="gpt2.*supported are llama, mistral, qwen2, qwen3"):
+    with pytest.raises(UserError, match=r"gpt2.*supported are llama, mistral, qwen2, qwen3"):
         check_teacher_config(GPT2Config(), "some/gpt2")
     with pytest.raises(UserError, match="vocabulary has 128256 entries, the teacher's 512"):
         check_pair(LlambaConfig(), tiny_llama_config(), "student")

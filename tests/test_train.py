@@ -5,10 +5,10 @@ import sys
 import time
 
 import pytest
-import runs
 import torch
 from safetensors.torch import load_file
 
+import runs
 import train
 
 pytestmark = pytest.mark.slow

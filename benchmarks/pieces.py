@@ -1,6 +1,6 @@
 """The three pieces of our own on one GPU: operator, loss, optimizer. Times by CUDA events, medians after warm-up.
 
-python benchmarks/kernels.py [--pieces ssd loss optimizer] [--json FILE]
+python benchmarks/pieces.py [--pieces ssd loss optimizer] [--json FILE]
 """
 
 import argparse
