@@ -1,0 +1,204 @@
+"""Write a subset of FineWeb-Edu as shard-NNNNN.jsonl(.gz); run again, it goes on after the last whole shard.
+
+    python download_fineweb_subset.py --output_dir data/fineweb --max_samples 1000000
+    python train.py --dataset_name data/fineweb --dataset_subset '' --local_files_only
+
+Each shard is written under a temporary name, synced, then renamed; `manifest.json` lists rows, bytes and SHA-256 of
+each, and where the source stands behind it, so that an interrupted run ends with the same bytes as a whole one.
+"""
+
+import argparse
+import gzip
+import hashlib
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from arguments import Parser, UserError, check_folder_writable, real, whole
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--dataset", default="HuggingFaceFW/fineweb-edu", help="hub id, or a local folder or file")
+    add("--subset", default="CC-MAIN-2014-49", help="configuration or folder; '' for none")
+    add("--split", default="train", help="split")
+    add("--revision", default=None, help="commit, tag or branch")
+    add("--output_dir", required=True, help="folder for the shards and manifest.json")
+    add("--samples_per_file", type=whole(1), default=10_000, help="rows a shard")
+    add("--max_samples", type=whole(0), default=0, help="rows in all; 0: everything")
+    add("--compression", choices=["none", "gzip"], default="gzip", help="compression of the shards")
+    add("--text_field", default="text", help="column that holds the text")
+    add("--no_streaming", action="store_true", help="download the files into the cache first, then read them")
+    add("--on_bad_data", choices=["error", "skip"], default="error", help="what to do with rows that cannot be read")
+    add("--network_patience", type=real(0), default=600.0, help="seconds to ride out a network fault")
+    return parser.parse_args(argv)
+
+
+class Manifest:
+    """`manifest.json`: the parameters of the download, its shards so far, and where the source stands."""
+
+    PARAMETERS = ("dataset", "subset", "split", "revision", "samples_per_file", "compression", "text_field")
+
+    def __init__(self, folder: Path, args: argparse.Namespace):
+        self.path = folder / "manifest.json"
+        self.content: dict[str, Any] = {"parameters": {name: getattr(args, name) for name in self.PARAMETERS}}
+        self.content |= {"identity": None, "commit": None, "position": [0, 0, 0], "shards": [], "complete": False}
+        if self.path.exists():
+            self._read()
+
+    def _read(self) -> None:
+        try:
+            found = json.loads(self.path.read_text())
+            before = found["parameters"]
+        except (ValueError, KeyError) as error:
+            raise UserError(f"--output_dir {self.path.parent}: {self.path.name} cannot be read; remove it") from error
+        for name, value in self.content["parameters"].items():
+            if before.get(name) != value:
+                raise UserError(
+                    f"--{name} {value}: {self.path.parent} was begun with {before.get(name)}; "
+                    "use the same value or another --output_dir"
+                )
+        self.content = found
+
+    def write(self) -> None:
+        write_whole(self.path, (json.dumps(self.content, indent=1) + "\n").encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write under a temporary name, sync, rename, and sync the folder."""
+    draft = path.with_name(f".{path.name}.tmp")
+    with draft.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+    handle = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def rows_after(args: argparse.Namespace, manifest: Manifest) -> Iterator[tuple[str | None, list[int]]]:
+    """(text, position behind it) of every row after the manifest's position, in the source's own order."""
+    from text_sources import SourceSpec, open_source
+
+    spec = SourceSpec(
+        name=args.dataset,
+        subset=args.subset,
+        split=args.split,
+        revision=args.revision,
+        text_field=args.text_field,
+        on_bad_data=args.on_bad_data,
+        network_patience=args.network_patience,
+        streaming=not args.no_streaming,
+        chat=False,
+    )
+    source = open_source(spec, manifest.content["commit"])
+    if manifest.content["identity"] not in (None, source.identity):
+        raise UserError(f"--dataset {args.dataset}: its files have changed since this download began")
+    manifest.content["identity"], manifest.content["commit"] = source.identity, source.commit
+    file, row, offset = manifest.content["position"]
+    for value, _, position in source.documents(list(range(len(source.files))), (file, row, offset)):
+        if isinstance(value, Exception):
+            if args.on_bad_data == "error":
+                raise value
+            continue
+        yield (value.decode() if isinstance(value, bytes) else value), list(position)
+
+
+def encode_shard(texts: list[str], compression: str) -> bytes:
+    """JSON lines {"text": ...}; gzip without time and name, so that the same rows give the same bytes."""
+    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts).encode()
+    if compression == "none":
+        return lines
+    buffer = io.BytesIO()
+    with gzip.GzipFile(filename="", fileobj=buffer, mode="wb", mtime=0) as file:
+        file.write(lines)
+    return buffer.getvalue()
+
+
+def download(args: argparse.Namespace) -> None:
+    """Write every shard that is still missing."""
+    folder = Path(args.output_dir)
+    check_folder_writable("--output_dir", folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = Manifest(folder, args)
+    done = sum(shard["rows"] for shard in manifest.content["shards"])
+    if manifest.content["complete"] or (args.max_samples and done >= args.max_samples):
+        print(f"{folder} is complete: {done:,} rows in {len(manifest.content['shards'])} shards")
+        return
+    progress = Progress(done, args.max_samples)
+    texts: list[str] = []
+    for text, position in rows_after(args, manifest):
+        manifest.content["position"] = position
+        if not text or not text.strip():
+            continue
+        texts.append(text)
+        done += 1
+        finished = bool(args.max_samples) and done >= args.max_samples
+        if len(texts) == args.samples_per_file or finished:
+            progress.show(done, add_shard(folder, manifest, texts, args.compression))
+            texts = []
+        if finished:
+            break
+    else:
+        manifest.content["complete"] = True
+    if texts:
+        progress.show(done, add_shard(folder, manifest, texts, args.compression))
+    manifest.write()
+    if not done:
+        raise UserError(f"--dataset {args.dataset}: no rows with text in split {args.split}")
+    print(f"{folder}: {done:,} rows in {len(manifest.content['shards'])} shards")
+
+
+def add_shard(folder: Path, manifest: Manifest, texts: list[str], compression: str) -> int:
+    """Write the next shard and the manifest that lists it; returns its bytes."""
+    shards = manifest.content["shards"]
+    name = f"shard-{len(shards):05}.jsonl{'.gz' if compression == 'gzip' else ''}"
+    content = encode_shard(texts, compression)
+    write_whole(folder / name, content)
+    digest = hashlib.sha256(content).hexdigest()
+    shards.append({"name": name, "rows": len(texts), "bytes": len(content), "sha256": digest})
+    manifest.write()
+    return len(content)
+
+
+class Progress:
+    """A line a shard: rows, rows a second, size, and the time left where the end is known."""
+
+    def __init__(self, done: int, wanted: int):
+        self.before, self.wanted, self.size, self.since = done, wanted, 0, time.perf_counter()
+
+    def show(self, done: int, added: int) -> None:
+        from utils import format_duration
+
+        self.size += added
+        rate = (done - self.before) / max(time.perf_counter() - self.since, 1e-9)
+        left = f", ETA {format_duration((self.wanted - done) / rate)}" if self.wanted and rate else ""
+        print(f"{done:,} rows, {rate:,.0f} rows/s, {self.size / 2**20:.1f} MiB{left}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    from hub_files import DataStreamLost
+
+    try:
+        download(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (DataStreamLost, OSError) as error:
+        print(f"error: {error}; run it again to go on", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
