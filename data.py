@@ -10,6 +10,8 @@ import contextlib
 import itertools
 import logging
 import math
+import queue
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -20,7 +22,6 @@ import torch
 
 from documents import BadDocument, DocumentEncoder
 from packing import PackedTextDataset, Sequence
-from pipeline import Background, Pipeline
 from row_readers import BadData, TextFile
 from text_sources import DataStreamLost, SourceSpec, open_source
 
@@ -40,6 +41,8 @@ log = logging.getLogger(__name__)
 SAMPLED_FILES = 8
 SAMPLED_PLACES = 4  # in each file that can be sought in
 SAMPLED_CHARACTERS = 1 << 21  # over all sampled files
+POLL = 0.2  # seconds between looks at the stop flag while waiting
+JOIN = 5.0  # seconds that closing waits for a thread in the middle of its work
 
 
 @dataclass
@@ -55,6 +58,67 @@ class Batch:
         """The same batch in page-locked memory."""
         positions = None if self.position_ids is None else self.position_ids.pin_memory()
         return replace(self, tokens=self.tokens.pin_memory(), valid=self.valid.pin_memory(), position_ids=positions)
+
+
+class Pipeline:
+    """Background threads that stop together."""
+
+    def __init__(self, stop: threading.Event | None = None):
+        self.stop = stop or threading.Event()
+        self.threads: list[threading.Thread] = []
+
+    def close(self) -> None:
+        """Stop the threads; what they were doing is dropped."""
+        self.stop.set()
+        for thread in self.threads:
+            if thread is not threading.current_thread():
+                thread.join(JOIN)
+
+
+class Background(Iterator):
+    """An iterator that a thread runs at most `depth` items ahead; its exceptions are raised in the consumer.
+
+    The thread starts on an item only when there is room for it, so that no more than `depth` items wait.
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, items: Iterator, depth: int, should_stop: Callable[[], bool] | None = None
+    ):
+        self.stop, self.items, self.should_stop = pipeline.stop, items, should_stop
+        self.room = threading.Semaphore(depth)
+        self.ready: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+        thread = threading.Thread(target=self._run, name="data", daemon=True)
+        pipeline.threads.append(thread)
+        thread.start()
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_room():
+                self.ready.put((True, next(self.items)))
+        except BaseException as error:  # also StopIteration: the consumer raises it again
+            self.ready.put((False, error))
+
+    def _wait_for_room(self) -> bool:
+        while not self.room.acquire(timeout=POLL):
+            if self.stop.is_set():
+                return False
+        return not self.stop.is_set()
+
+    def __next__(self) -> Any:
+        while True:
+            if self.stop.is_set():
+                raise StopIteration
+            try:
+                good, item = self.ready.get(timeout=POLL)
+                break
+            except queue.Empty:
+                if self.should_stop is not None and self.should_stop():
+                    raise StopIteration from None
+        if not good:
+            self.ready.put((False, item))  # asked again, it ends or fails again
+            raise item
+        self.room.release()
+        return item
 
 
 class TextLoader:
@@ -101,9 +165,12 @@ class TextLoader:
         pipeline = self.pipeline = Pipeline()
         self.dataset.source.patience.stop = pipeline.stop
         threaded = self.prefetch > 0
-        batches: Any = self._batches(self.dataset.stream(pipeline if threaded else None))
+        batches: Any
         if threaded:
-            batches = Background(pipeline, batches, self.prefetch, self._asked_to_stop)
+            sequences = self.dataset.stream(lambda blocks: Background(pipeline, blocks, depth=1))
+            batches = Background(pipeline, self._batches(sequences), self.prefetch, self._asked_to_stop)
+        else:
+            batches = self._batches(self.dataset.stream())
         try:
             while True:
                 since = time.perf_counter()
@@ -246,7 +313,7 @@ def _sample(
         if not isinstance(item.value, BadData):
             units += after - at
             with contextlib.suppress(BadDocument):
-                document = encoder.segments(item.value)
+                document = list(encoder.segments(item.value))
                 segments += document
                 characters -= sum(len(part) for part in document)
         at = after

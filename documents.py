@@ -6,9 +6,10 @@ one inside a document stays text.
 """
 
 import functools
+import itertools
 import re
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from arguments import UserError
 
 PIECE = 1 << 15  # characters; longer texts are split where that does not change their tokens
+WINDOW = 1 << 23  # bytes of a long text that are decoded at a time
 LONGEST_PIECE = 1 << 20  # characters; cut there even if no such place was found
 SEPARATORS = ("<|end_of_text|>", "<|endoftext|>")
 ROLES = {"human": "user", "gpt": "assistant"}
@@ -26,6 +28,7 @@ STRIPPED = (lambda text: text, str.strip, str.rstrip, str.lstrip)  # what templa
 LETTER = r"[^\W\d_]"
 KEEP_SPACE = re.compile(rf"(?<={LETTER})(?=[ \n]{LETTER})")
 DROP_SPACE = re.compile(rf"(?<={LETTER}) (?={LETTER})")
+SURROGATE = re.compile("[\ud800-\udfff]")  # UTF-16 halves, which JSON can smuggle in and UTF-8 cannot hold
 PROBE = (
     "It's well-known that, e.g., 3.14159 isn't 22/7 (really!), and we'll\nsee  why:\n\n\tfor x in range(10):\n"
     "        print(x)\nThe naïve café in Zürich «привет мир» sells 1,000 crêpes a day… 中文 字符 and naught\n"
@@ -84,20 +87,22 @@ class DocumentEncoder:
         self.template_ids = functools.lru_cache(1024)(self._template_ids)
         self.template_parts = functools.lru_cache(256)(self._template_parts)
 
-    def segments(self, value: Any) -> list[Segment]:
-        """Segments of one document, the separator last; empty for an empty document.
+    def segments(self, value: Any) -> Iterable[Segment]:
+        """Segments of one document, the separator last; none for an empty document. A text is split as it is used.
 
-        Raises `BadDocument` for values that are no text or no conversation.
+        Raises `BadDocument`, before the first segment, for values that are no text or no conversation.
         """
         if value is None:
             return []
         if self.chat:
             return self._conversation(value)
+        if isinstance(value, bytes):
+            return itertools.chain(split_long(value, self.boundary), [self.separator])
         if not isinstance(value, str):
             raise BadDocument(f"the column holds {type(value).__name__}, not text")
-        if not value.strip():
+        if not value or value.isspace():
             return []
-        return [*self._pieces(value), self.separator]
+        return itertools.chain(self._pieces(value), [self.separator])
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids (int32) of plain texts, without special tokens."""
@@ -107,16 +112,14 @@ class DocumentEncoder:
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def _pieces(self, text: str) -> Iterator[str]:
-        if not text.isascii():
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise BadDocument(f"invalid Unicode: {error}") from error
+        found = None if text.isascii() else SURROGATE.search(text)
+        if found:
+            raise BadDocument(f"invalid Unicode: half a surrogate pair at character {found.start()}")
         return split_text(text, self.boundary)
 
     def _conversation(self, turns: Any) -> list[Segment]:
         messages = read_turns(turns)
-        if not any(message["content"].strip() for message in messages):
+        if all(not message["content"] or message["content"].isspace() for message in messages):
             return []
         rendered = self._render(messages)
         parts = self.template_parts(tuple(message["role"] for message in messages))
@@ -235,3 +238,18 @@ def split_text(text: str, boundary: re.Pattern[str] | None) -> Iterator[str]:
         start = cut.end() if cut else limit
     if start < len(text):
         yield text[start:]
+
+
+def split_long(data: bytes, boundary: re.Pattern[str] | None) -> Iterator[str]:
+    """`split_text` for a long text in UTF-8, of which only a window is decoded at a time."""
+    start = 0
+    while start < len(data):
+        text = data[start : start + WINDOW].decode(errors="ignore")  # may end inside a character
+        end = start + len(text.encode())
+        if end < len(data) and boundary:
+            cuts = list(boundary.finditer(text, max(0, len(text) - LONGEST_PIECE)))
+            if cuts:
+                end = start + len(text[: cuts[-1].end()].encode())
+                text = text[: cuts[-1].start()]
+        yield from split_text(text, boundary)
+        start = end

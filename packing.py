@@ -8,7 +8,7 @@ Restoring reads one block again, not the stream. A source that is loaded at once
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,11 +17,9 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from arguments import UserError
-from documents import BadDocument, DocumentEncoder
-from pipeline import Background, Pipeline
+from documents import BadDocument, DocumentEncoder, Segment
 from row_readers import BadData
-from text_sources import SourceSpec, TextSource, open_source
-from text_table import load_table
+from text_sources import SourceSpec, TextSource, TextTable, load_table, open_source
 
 log = logging.getLogger(__name__)
 
@@ -103,13 +101,13 @@ class StreamedBlocks:
 def _characters(value: Any) -> int:
     if isinstance(value, list):
         return sum(len(str(turn)) for turn in value)
-    return len(value) if isinstance(value, str) else 0
+    return len(value) if isinstance(value, (str, bytes)) else 0
 
 
 class TableBlocks:
     """Blocks of a source that was loaded at once: slices of one permutation of all its documents a pass."""
 
-    def __init__(self, table: Any, seed: int, shuffle: bool):
+    def __init__(self, table: TextTable, seed: int, shuffle: bool):
         self.table, self.seed, self.shuffle = table, seed, shuffle
 
     def epoch(self, cursor: Cursor) -> Iterator[Block]:
@@ -189,11 +187,9 @@ class PackedTextDataset(IterableDataset):
         self.cursor, self.counters = sequence.cursor, sequence.counters
         self.sequences += count
 
-    def stream(self, pipeline: Pipeline | None = None) -> Iterator[Sequence]:
-        """Sequences from the state on, without moving it; blocks are read in the background given a pipeline."""
-        blocks: Any = self._all_blocks(self.cursor)
-        if pipeline is not None:
-            blocks = Background(pipeline, blocks, depth=1)
+    def stream(self, read_ahead: Callable[[Iterator["Block"]], Iterator["Block"]] = iter) -> Iterator[Sequence]:
+        """Sequences from the state on, without moving it; `read_ahead` may run the reading in the background."""
+        blocks = read_ahead(self._all_blocks(self.cursor))
         return self._packed(self._tokenised(self._pieces(blocks, self.cursor), MOST_CHARACTERS))
 
     def _all_blocks(self, cursor: Cursor) -> Iterator[Block]:
@@ -213,15 +209,14 @@ class PackedTextDataset(IterableDataset):
             for index in range(first, len(block.rows)):
                 value, name = block.rows[index]
                 at = block.start._replace(document=index)
-                segments = self._segments(value, name, skipped)
-                for number, segment in enumerate(segments):
+                for number, segment in enumerate(self._segments(value, name, skipped)):
                     if at[:6] == cursor[:6] and number < cursor.segment:
                         continue
-                    ends = number == len(segments) - 1
+                    ends = segment is self.encoder.separator
                     yield Piece(at._replace(segment=number), segment, name, ends, skipped)
                     skipped = {}
 
-    def _segments(self, value: Any, name: str, skipped: dict[str, int]) -> list[Any]:
+    def _segments(self, value: Any, name: str, skipped: dict[str, int]) -> Iterable[Segment]:
         try:
             if isinstance(value, BadData):
                 raise value
@@ -235,20 +230,26 @@ class PackedTextDataset(IterableDataset):
             log.warning("skipped: %s", error)
             skipped["bad"] = skipped.get("bad", 0) + 1
             return []
-        if not segments:
+        if segments == []:
             skipped["skipped_empty"] = skipped.get("skipped_empty", 0) + 1
         return segments
 
     def _tokenised(self, pieces: Iterator[Piece], most: int) -> Iterator[Piece]:
         """The pieces with their text tokenised, in batches of a growing number of characters."""
         limit, waiting, characters = min(FIRST_CHARACTERS, most), [], 0
-        for piece in pieces:
-            waiting.append(piece)
-            characters += len(piece.ids)
-            if characters >= limit:
-                yield from self._encoded(waiting)
-                waiting, characters, limit = [], 0, min(2 * limit, most)
+        failure: Exception | None = None
+        try:
+            for piece in pieces:
+                waiting.append(piece)
+                characters += len(piece.ids)
+                if characters >= limit:
+                    yield from self._encoded(waiting)
+                    waiting, characters, limit = [], 0, min(2 * limit, most)
+        except Exception as error:  # what came before it is given out first
+            failure = error
         yield from self._encoded(waiting)
+        if failure is not None:
+            raise failure
 
     def _encoded(self, pieces: list[Piece]) -> list[Piece]:
         texts = [piece for piece in pieces if isinstance(piece.ids, str)]

@@ -5,8 +5,10 @@ Parquet seeks to the row group, JSON to the byte; a gzip file cannot be sought i
 again from its start. What cannot be read becomes a `BadData` in the row's place, with file and position named.
 """
 
+import codecs
 import gzip
 import io
+import itertools
 import json
 import re
 import zlib
@@ -20,6 +22,8 @@ END = -1  # as a position's row: nothing is left in this file
 GROUP_BYTES = 1 << 24  # of decoded column held at a time
 MOST_ROWS = 1024  # rows decoded at a time
 BUFFER_BYTES = 1 << 22  # of file read at a time
+LONG_TEXT = 1 << 22  # bytes; longer texts stay UTF-8 bytes, as a str may take four times as much
+JSON_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"')
 PEEKED_ROWS = 100  # rows of a JSON file that are looked at to learn its columns
 
 
@@ -30,7 +34,7 @@ class BadData(UserError):
 class Row(NamedTuple):
     """One row of one column, and the position behind it."""
 
-    value: Any  # the column's value (str, list, ... or None), or BadData
+    value: Any  # the column's value (str, UTF-8 bytes of a long text, list, ... or None), or BadData
     row: int
     next_row: int  # END after the last row that can be read
     next_offset: int
@@ -113,10 +117,10 @@ def column_types(file: TextFile) -> dict[str, str]:
             raise file.bad(error, 0) from error
         return {name: str(schema.field(name).type) for name in schema.names}
     names: dict[str, str] = {}
-    for count, row in enumerate(_json_rows(file, None, 0, 0)):
-        if isinstance(row.value, BadData) and not names:
-            raise row.value
-        if count >= PEEKED_ROWS or isinstance(row.value, BadData):
+    for row in itertools.islice(_json_rows(file, None, 0, 0), PEEKED_ROWS):
+        if isinstance(row.value, BadData):
+            if not names:
+                raise row.value
             break
         names |= dict.fromkeys(row.value, "")
     return names
@@ -128,7 +132,8 @@ def _parquet_rows(file: TextFile, column: str, row: int, offset: int) -> Iterato
 
     with file.open() as handle:
         try:
-            reader = pq.ParquetFile(handle, buffer_size=BUFFER_BYTES)
+            native = pa.OSFile(handle.name) if isinstance(handle, io.FileIO) else handle
+            reader = pq.ParquetFile(native, buffer_size=BUFFER_BYTES)
             if column not in reader.schema_arrow.names:
                 raise pa.ArrowInvalid(f"no column {column}")
         except (pa.ArrowException, OSError) as error:
@@ -170,18 +175,45 @@ def _group_rows(file: TextFile, reader, group: int, column: str, row: int, first
 
 def _array_rows(file: TextFile, array: Any, row: int) -> Iterator[Row]:
     try:
-        values = array.to_pylist()
+        values = [None] * len(array) if _has_long_texts(array) else array.to_pylist()
     except UnicodeDecodeError:
-        values = [_decoded(file, value, row + i) for i, value in enumerate(array)]
-    for index, value in enumerate(values, row):
-        yield Row(value, index, index + 1, 0)
+        values = [None] * len(array)
+    for index, value in enumerate(values):
+        if value is None:  # null, invalid or long
+            value = _decoded(file, array[index], row + index)
+        yield Row(value, row + index, row + index + 1, 0)
+
+
+def _has_long_texts(array: Any) -> bool:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not (pa.types.is_string(array.type) or pa.types.is_large_string(array.type)):
+        return False
+    return (pc.max(pc.binary_length(array)).as_py() or 0) > LONG_TEXT
 
 
 def _decoded(file: TextFile, scalar: Any, row: int) -> Any:
     try:
-        return scalar.as_py()
+        return plain_value(scalar)
     except UnicodeDecodeError as error:
         return file.bad(f"invalid UTF-8: {error}", row)
+
+
+def plain_value(scalar: Any) -> Any:
+    """An Arrow scalar as Python knows it, a long text as UTF-8 bytes; raises `UnicodeDecodeError`."""
+    buffer = scalar.as_buffer() if hasattr(scalar, "as_buffer") else None
+    if buffer is not None and buffer.size > LONG_TEXT:
+        return check_utf8(buffer.to_pybytes())
+    return scalar.as_py()
+
+
+def check_utf8(data: bytes) -> bytes:
+    """`data` itself; raises `UnicodeDecodeError` unless it is UTF-8. Decodes piece by piece, to save memory."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    for start in range(0, len(data), BUFFER_BYTES):
+        decoder.decode(data[start : start + BUFFER_BYTES], final=start + BUFFER_BYTES >= len(data))
+    return data
 
 
 def _arrow_rows(file: TextFile, column: str, row: int, offset: int) -> Iterator[Row]:
@@ -263,11 +295,39 @@ def _is_cut(error: json.JSONDecodeError, text: str) -> bool:
 
 def _parsed(file: TextFile, record: bytes, column: str | None, row: int, offset: int) -> Any:
     try:
-        value = json.loads(record)
-    except UnicodeDecodeError as error:
-        return file.bad(f"invalid UTF-8: {error}"[:200], row, offset)
+        value = _parsed_long(record) if len(record) > LONG_TEXT else json.loads(record)
+    except UnicodeError as error:
+        return file.bad(f"invalid UTF-8: {str(error)[-200:]}", row, offset)
     except (ValueError, RecursionError) as error:
         return file.bad(f"not JSON: {error}", row, offset)
     if not isinstance(value, dict):
         return file.bad(f"not a JSON object but {type(value).__name__}", row, offset)
     return value if column is None else value.get(column)
+
+
+def _parsed_long(record: bytes) -> Any:
+    """A record whose long texts become UTF-8 bytes, decoded window by window: no str of them is ever made."""
+    texts: list[bytes] = []
+
+    def hold(match: re.Match[bytes]) -> bytes:
+        if match.end() - match.start() <= LONG_TEXT:
+            return match[0]
+        texts.append(_unescaped(record, match.start() + 1, match.end() - 1))
+        return b'"\\u0000long %d"' % (len(texts) - 1)
+
+    value = json.loads(JSON_STRING.sub(hold, record))
+    if isinstance(value, dict):
+        held = {f"\0long {index}": text for index, text in enumerate(texts)}
+        value = {name: held.get(item, item) if isinstance(item, str) else item for name, item in value.items()}
+    return value
+
+
+def _unescaped(record: bytes, start: int, stop: int) -> bytes:
+    """The UTF-8 text of a JSON string's inside, cut at spaces, which are in no escape and in no character."""
+    parts = []
+    while start < stop:
+        end = record.find(b" ", start + BUFFER_BYTES, stop)
+        end = stop if end < 0 else end
+        parts.append(json.loads(b'"%b"' % record[start:end]).encode())
+        start = end
+    return b"".join(parts)

@@ -1,0 +1,108 @@
+"""Speed of the data loader against its tokenizer alone, and how long a training loop waits for data.
+
+    python benchmarks/data.py --tokenizer FOLDER [--data ../shared/data/fineweb_like/CC-MAIN-2014-49]
+
+Same text, same process, rounds taken in turns: (1) the tokenizer's own batch call on texts in memory, (2) the loader
+over parquet files, (3) the loader over the same text as JSONL.GZ. Then a consumer that takes 15,000 tokens/s, and
+the share of its time that it waits. Run it with two cores: `taskset -c 0,1 python benchmarks/data.py ...`.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)  # in place of this folder, whose files are named like modules
+
+import pyarrow.parquet as pq  # noqa: E402
+
+from data import SourceSpec, TextLoader, build_loader  # noqa: E402
+from documents import plain_backend  # noqa: E402
+
+
+def tokenizer_rate(tokenizer, texts: list[str]) -> float:
+    """Tokens/s of the backend's fastest batch call, about a million characters a call."""
+    backend, batch, tokens, characters = plain_backend(tokenizer), [], 0, 0
+    since = time.perf_counter()
+    for text in [*texts, None]:
+        if text is None or characters > 1 << 20:
+            tokens += sum(len(e.ids) for e in backend.encode_batch_fast(batch, add_special_tokens=False))
+            batch, characters = [], 0
+        if text is not None:
+            batch.append(text)
+            characters += len(text)
+    return tokens / (time.perf_counter() - since)
+
+
+def loader_rate(loader: TextLoader) -> float:
+    """Tokens/s of one pass, from the first request to the end."""
+    since = time.perf_counter()
+    tokens = sum(batch.tokens.numel() for batch in loader)
+    return tokens / (time.perf_counter() - since)
+
+
+def waiting_share(loader: TextLoader, rate: float, steps: int) -> tuple[float, float]:
+    """(seconds until the first batch, share of the time behind it that a consumer of `rate` tokens/s waits)."""
+    batches = iter(loader)
+    since = time.perf_counter()
+    tokens = next(batches).tokens.shape[1] - 1
+    first = time.perf_counter() - since
+    since, waited = time.perf_counter(), loader.waited_seconds
+    for _ in range(steps):
+        time.sleep(tokens / rate)
+        next(batches)
+    return first, (loader.waited_seconds - waited) / (time.perf_counter() - since)
+
+
+def write_gzip(folder: Path, texts: list[str]) -> None:
+    """The texts as four shards, as download_fineweb_subset.py writes them."""
+    for shard in range(4):
+        with gzip.open(folder / f"shard-{shard:05d}.jsonl.gz", "wt", encoding="utf-8", compresslevel=6) as handle:
+            handle.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts[shard::4])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", required=True, help="folder of a fast tokenizer")
+    parser.add_argument("--data", default=str(ROOT.parent / "shared/data/fineweb_like/CC-MAIN-2014-49"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seq_length", type=int, default=4096, help="tokens")
+    parser.add_argument("--wait_steps", type=int, default=100, help="steps of the consumer at 15,000 tokens/s")
+    args = parser.parse_args()
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    files = sorted(Path(args.data).glob("*.parquet"))
+    texts = [text for file in files for text in pq.read_table(file, columns=["text"])["text"].to_pylist()]
+
+    def load(folder: object) -> TextLoader:
+        return build_loader(SourceSpec(str(folder)), tokenizer, seq_length=args.seq_length, batch_size=1, epochs=1)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        write_gzip(Path(scratch), texts)
+        tasks = {
+            "tokenizer alone": lambda: tokenizer_rate(tokenizer, texts),
+            "loader, parquet": lambda: loader_rate(load(args.data)),
+            "loader, jsonl.gz": lambda: loader_rate(load(scratch)),
+        }
+        rates: dict[str, list[float]] = {name: [] for name in tasks}
+        for _ in range(args.rounds):
+            for name, task in tasks.items():
+                rates[name].append(task())
+        print(f"{len(os.sched_getaffinity(0))} cores, {sum(map(len, texts)):,} characters, {args.rounds} rounds")
+        for name, values in rates.items():
+            share = statistics.median(v / a for v, a in zip(values, rates["tokenizer alone"]))
+            print(f"{name:18} {statistics.median(values):12,.0f} tokens/s   {share:6.1%} of the tokenizer alone")
+        for name, folder in (("parquet", args.data), ("jsonl.gz", scratch)):
+            first, share = waiting_share(load(folder), 15_000, args.wait_steps)
+            print(f"{name:18} first batch after {first:.2f} s; then waits {share:.3%} of the time at 15,000 tokens/s")
+
+
+if __name__ == "__main__":
+    main()
