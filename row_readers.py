@@ -6,7 +6,6 @@ again from its start. What cannot be read becomes a `BadData` in the row's place
 """
 
 import codecs
-import gzip
 import io
 import itertools
 import json
@@ -22,6 +21,8 @@ END = -1  # as a position's row: nothing is left in this file
 GROUP_BYTES = 1 << 24  # of decoded column held at a time
 MOST_ROWS = 1024  # rows decoded at a time
 BUFFER_BYTES = 1 << 22  # of file read at a time
+ZIP_STEP = 1 << 16  # bytes decompressed at a time
+GZIP = 31  # zlib's word for a gzip header and checksum
 LONG_TEXT = 1 << 22  # bytes; longer texts stay UTF-8 bytes, as a str may take four times as much
 JSON_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"')
 PEEKED_ROWS = 100  # rows of a JSON file that are looked at to learn its columns
@@ -234,8 +235,7 @@ def _arrow_rows(file: TextFile, column: str, row: int, offset: int) -> Iterator[
 def _json_rows(file: TextFile, column: str | None, row: int, offset: int) -> Iterator[Row]:
     """Rows of JSON lines or of one JSON array; `column` None gives whole records."""
     with file.open() as handle:
-        raw = gzip.GzipFile(fileobj=handle) if file.compressed else handle
-        stream = io.BufferedReader(raw, BUFFER_BYTES)
+        stream = io.BufferedReader(Unzipped(handle) if file.compressed else handle, BUFFER_BYTES)
         try:
             is_array = file.format == "json" and stream.peek(64).lstrip()[:1] == b"["
             stream.seek(offset)
@@ -245,8 +245,67 @@ def _json_rows(file: TextFile, column: str | None, row: int, offset: int) -> Ite
                 if record.strip():
                     yield Row(_parsed(file, record, column, row, start), row, row + 1, stop)
                 row += 1
-        except (EOFError, gzip.BadGzipFile, zlib.error, _BrokenArray) as error:
+        except (EOFError, zlib.error, _BrokenArray) as error:
             yield Row(file.bad(error, row, offset), row, END, 0)
+
+
+class Unzipped(io.RawIOBase):
+    """A gzip file decompressed in small steps, so that everything before a damage is still given out.
+
+    Seeking decompresses from the start, always in the same steps, so that a damage is met at the same place.
+    """
+
+    def __init__(self, handle: Any):
+        self.handle = handle
+        self._rewind()
+
+    def _rewind(self) -> None:
+        self.handle.seek(0)
+        self.engine = zlib.decompressobj(GZIP)
+        self.packed, self.plain, self.position = b"", b"", 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        offset += self.position if whence == io.SEEK_CUR else 0
+        if offset < self.position:
+            self._rewind()
+        while self.position < offset and (taken := self._take(offset - self.position)):
+            self.position += len(taken)
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        taken = self._take(len(buffer))
+        buffer[: len(taken)] = taken
+        self.position += len(taken)
+        return len(taken)
+
+    def _take(self, count: int) -> bytes:
+        while not self.plain and self._step():
+            pass
+        taken, self.plain = self.plain[:count], self.plain[count:]
+        return taken
+
+    def _step(self) -> bool:
+        """Decompress a little more; False at the end of the file."""
+        if self.engine.eof:  # gzip files may be joined
+            self.packed, self.engine = self.engine.unused_data, zlib.decompressobj(GZIP)
+            self.packed = self.packed or self.handle.read(ZIP_STEP)
+            if not self.packed.strip(b"\0"):
+                return False
+        self.packed = self.packed or self.handle.read(ZIP_STEP)
+        if not self.packed:
+            raise EOFError("the gzip file is cut off")
+        self.plain = self.engine.decompress(self.packed, ZIP_STEP)
+        self.packed = self.engine.unconsumed_tail
+        return True
 
 
 def _line_records(stream: Any, offset: int) -> Iterator[tuple[int, int, bytes]]:
@@ -318,6 +377,8 @@ def _parsed_long(record: bytes) -> Any:
     value = json.loads(JSON_STRING.sub(hold, record))
     if isinstance(value, dict):
         held = {f"\0long {index}": text for index, text in enumerate(texts)}
+        if sum(item in held for item in value.values() if isinstance(item, str)) < len(held):
+            return json.loads(record)  # long texts further inside, in a conversation
         value = {name: held.get(item, item) if isinstance(item, str) else item for name, item in value.items()}
     return value
 
