@@ -105,6 +105,11 @@ def _maybe_compiled(function: Any, compile: bool) -> Any:
     return _compiled[function]
 
 
+def _need_teacher(kl_weight: float, teacher: Tensor | None) -> None:
+    if kl_weight and teacher is None:
+        raise ValueError(f"kl_weight is {kl_weight}, but no teacher was given: only kl_weight 0 goes without one")
+
+
 def dense_kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
@@ -117,6 +122,7 @@ def dense_kd_loss(
     grad_scale: float | Tensor = 1.0,
 ) -> KDTerms:
     """The reference: whole logits [n, V], autograd for the gradient. See the module's docstring for the formula."""
+    _need_teacher(kl_weight, teacher_logits)
     wide = torch.promote_types(student_logits.dtype, torch.float32)
     logits, mask = student_logits.to(wide), valid.to(wide)
     ce = F.cross_entropy(logits, labels, reduction="none")
@@ -153,22 +159,23 @@ def chunked_kd_loss(
     student_hidden [..., d], student_head [V, d], teacher_hidden [..., d_t] and teacher_head [V, d_t] (None: hard
     labels alone), labels int64 [...], valid bool [...]. The head's gradient accumulates in float32: into
     `head_grad` [V, d] in place if given (autograd then sees none), else it is returned through autograd. No tensor
-    of n * V numbers is ever made. Raises ValueError when the vocabularies differ.
+    of n * V numbers is ever made. Raises ValueError when the vocabularies differ, or when kl_weight asks for a
+    teacher that is not given.
     """
+    _need_teacher(kl_weight, teacher_hidden if teacher_head is not None else None)
     if teacher_head is not None and teacher_head.shape[0] != student_head.shape[0]:
         raise ValueError(f"student head has {student_head.shape[0]} rows, the teacher's {teacher_head.shape[0]}")
     hidden = student_hidden.flatten(0, -2)
     theirs = None if teacher_hidden is None else teacher_hidden.detach().flatten(0, -2)
-    head = student_head.to(hidden.dtype)
     most = CHUNK_LOGITS_COMPILED if compile else CHUNK_LOGITS_EAGER
     fits = most // student_head.shape[0]
     chunk = chunk_size or max(1, min(hidden.shape[0], fits - fits % 256 if fits >= 256 else fits))
     options = (temperature, kl_weight, ce_weight)
     data = (theirs, teacher_head, labels.flatten(), valid.flatten())
-    if not torch.is_grad_enabled() or not (hidden.requires_grad or head.requires_grad):
-        sums = _evaluate(hidden, head, *data, options, chunk, compile)
+    if not torch.is_grad_enabled() or not (hidden.requires_grad or student_head.requires_grad):
+        sums = _evaluate(hidden, student_head.to(hidden.dtype), *data, options, chunk, compile)
         return KDTerms(sums[0] * grad_scale, *sums)
-    loss, sums = _ChunkedKD.apply(hidden, head, *data, options, grad_scale, head_grad, chunk, compile)
+    loss, sums = _ChunkedKD.apply(hidden, student_head, *data, options, grad_scale, head_grad, chunk, compile)
     return KDTerms(loss, *sums)
 
 
@@ -201,7 +208,7 @@ class _ChunkedKD(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        head: Tensor,
+        student_head: Tensor,
         theirs: Tensor | None,
         teacher_head: Tensor | None,
         labels: Tensor,
@@ -214,7 +221,8 @@ class _ChunkedKD(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         function = _maybe_compiled(scaled_terms, compile)
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        scale = torch.as_tensor(grad_scale, dtype=wide, device=hidden.device)
+        head = student_head.to(hidden.dtype)  # cast here: through autograd its gradient would be rounded to float16
+        scale = torch.ones((), dtype=wide, device=hidden.device).mul_(grad_scale)  # no copy from the host to wait for
         sums = torch.zeros(5, dtype=wide, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         buffer = head_grad

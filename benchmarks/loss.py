@@ -1,0 +1,163 @@
+"""The distillation loss alone: time and extra memory of forward and backward, dense and chunked, in one process.
+
+python benchmarks/loss.py [--tokens 4096 --hidden 4096 --vocabulary 128256] [--chunks 512 1024] [--json FILE]
+python benchmarks/loss.py --device cpu --tokens 64 --hidden 32 --vocabulary 1000 --chunks 16   # does it run?
+
+Times are medians after a warm-up (CUDA events on a GPU). Extra memory is the peak above what is allocated before the
+call; the head gradient's own float32 buffer [vocabulary, hidden] is allocated before it.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from losses import chunked_kd_loss, dense_kd_loss
+
+GIB = 2**30
+
+
+def milliseconds(run: Callable[[], Any], device: str, repeats: int, warmup: int = 3) -> float:
+    """Median time of `run` in ms."""
+    for _ in range(warmup):
+        run()
+    times = []
+    for _ in range(repeats):
+        if device == "cpu":
+            began = time.perf_counter()
+            run()
+            times.append((time.perf_counter() - began) * 1e3)
+            continue
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def extra_peak(run: Callable[[], Any], device: str) -> float | None:
+    """Peak memory in GiB that `run` adds to what is allocated already; None on the CPU, which does not count it."""
+    if device == "cpu":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / GIB
+
+
+def show(row: dict[str, Any]) -> None:
+    print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
+
+
+class Problem:
+    """Random bf16 hidden states [n, d] and heads [V, d] of student and teacher; every token counts."""
+
+    def __init__(self, n: int, d: int, V: int, device: str):
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, device=device).bfloat16()
+
+        self.hidden, self.theirs = (random(n, d) / d**0.5 for _ in range(2))
+        self.head, self.their_head = random(V, d).requires_grad_(), random(V, d)
+        self.hidden.requires_grad_()
+        self.labels = torch.randint(0, V, (n,), device=device)
+        self.valid = torch.ones(n, dtype=torch.bool, device=device)
+        self.buffer = torch.zeros(V, d, device=device)
+        self.scale = torch.tensor(1.0 / n, device=device)
+
+    def dense(self, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        """The reference; its logits are made in `dtype` (its loss is float32 or wider either way)."""
+        self.hidden.grad = self.head.grad = None
+        logits = self.hidden.to(dtype) @ self.head.to(dtype).T
+        target = self.theirs.to(dtype) @ self.their_head.to(dtype).T
+        terms = dense_kd_loss(logits, target, self.labels, self.valid, grad_scale=self.scale)
+        terms.loss.backward()
+        return terms.kl_sum
+
+    def chunked(self, chunk: int | None, compile: bool, frozen: bool = False, ce_weight: float = 0.0) -> torch.Tensor:
+        self.hidden.grad = self.head.grad = None
+        terms = chunked_kd_loss(
+            self.hidden, self.head.detach() if frozen else self.head, self.theirs, self.their_head, self.labels,
+            self.valid, grad_scale=self.scale, head_grad=None if frozen else self.buffer, chunk_size=chunk,
+            compile=compile, ce_weight=ce_weight,
+        )  # fmt: skip
+        terms.loss.backward()
+        return terms.kl_sum
+
+    def products(self) -> None:
+        """The four matrix products over all tokens at once: student and teacher logits, both gradients."""
+        hidden, head = self.hidden.detach(), self.head.detach()
+        logits = self.theirs @ self.their_head.T
+        logits = hidden @ head.T
+        logits @ head
+        logits.T @ hidden
+
+    def errors(self, chunk: int | None, compile: bool) -> dict[str, float]:
+        """Relative errors of the chunked gradients and KL, against the dense loss on float32 logits."""
+        wanted_kl = self.dense(torch.float32)
+        hidden_grad, head_grad = self.hidden.grad, self.head.grad
+        assert hidden_grad is not None and head_grad is not None
+        self.buffer.zero_()
+        kl = self.chunked(chunk, compile)
+        assert self.hidden.grad is not None
+        pairs = {"hidden": (self.hidden.grad, hidden_grad), "head": (self.buffer, head_grad), "kl": (kl, wanted_kl)}
+        return {
+            f"{key}_error": ((a.float() - b.float()).norm() / b.float().norm()).item()
+            for key, (a, b) in pairs.items()
+        }
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    problem = Problem(args.tokens, args.hidden, args.vocabulary, args.device)
+    compile = args.device != "cpu"
+    runs: dict[str, Callable[[], Any]] = {"four products alone": problem.products}
+    runs["chunked, default"] = lambda: problem.chunked(None, compile)
+    for chunk in args.chunks:
+        runs[f"chunked {chunk}"] = lambda chunk=chunk: problem.chunked(chunk, compile)  # type: ignore[misc]
+    runs["chunked, default, with hard labels"] = lambda: problem.chunked(None, compile, ce_weight=0.5)
+    runs["chunked, default, frozen head"] = lambda: problem.chunked(None, compile, frozen=True)
+    runs["dense"] = problem.dense
+    rows: list[dict[str, Any]] = []
+    for name, run in runs.items():
+        took = milliseconds(run, args.device, args.repeats)
+        problem.hidden.grad = problem.head.grad = None
+        rows.append({"way": name, "ms": took, "extra_gib": extra_peak(run, args.device)})
+        show(rows[-1])
+    if not args.no_errors:
+        rows.append({"way": "chunked, default", **problem.errors(None, compile)})
+        show(rows[-1])
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--vocabulary", type=int, default=128256)
+    parser.add_argument("--chunks", type=int, nargs="*", default=[512, 1024, 2048])
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--no_errors", action="store_true", help="skip the comparison with float32 logits (14 GiB)")
+    parser.add_argument("--json", type=Path, default=None, help="write the rows to this file as well")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    where = "cpu" if args.device == "cpu" else torch.cuda.get_device_name()
+    print(f"{where}, torch {torch.__version__}: {args.tokens} tokens x {args.hidden}, vocabulary {args.vocabulary}")
+    rows = measure(args)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
