@@ -2,15 +2,15 @@
 
 Both walk through the teacher layer by layer. Every mixer sees the teacher's own layer input, so layers are
 independent: one layer's loss is back-propagated before the next layer runs, and only one layer's activations are
-alive at a time. Losses are sums over tokens of terms that are normalised per token, so that 1 x 8 and 2 x 4 (batch x
-accumulation) have the same gradients.
+alive at a time. Losses are sums over tokens, divided by sizes that are measured once, on the stage's first
+sequences (`Sizes`), so that 1 x 8 and 2 x 4 (batch x accumulation) have the same gradients.
 
 * "matrix": rows of the mixer's sequence-mixing matrix (from C, B and the decays; no D, no convolution of x) against
-  rows of the attention matrix, squared distance over the squared norm of the attention's row, mean over heads.
-* "hidden": the mixer's output against the attention's output, squared distance over the latter's squared norm.
+  rows of the attention matrix, squared distance over the mean squared norm of a head's rows, mean over heads.
+* "hidden": the mixer's output against the attention's output, squared distance over the latter's mean square.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,8 +20,6 @@ from models import LlambaForCausalLM
 from models.modeling_llamba import AttentionInputs, attention_module
 from models.state_space import decay_dtype, ssd_matrix
 from trainer import DeviceBatch, Sums
-
-FLOOR = 1e-6  # of a squared norm per feature: rows that are all but zero do not count more than others
 
 
 def trained_mixers(student: LlambaForCausalLM) -> nn.ModuleList:
@@ -33,34 +31,52 @@ def trained_mixers(student: LlambaForCausalLM) -> nn.ModuleList:
 class AlignmentStep:
     """A micro step of the "matrix" or "hidden" stage for `trainer.run_stage`."""
 
-    def __init__(self, kind: str, teacher: Any, student: LlambaForCausalLM, *, autocast: torch.dtype | None = None):
+    def __init__(
+        self,
+        kind: str,
+        teacher: Any,
+        student: LlambaForCausalLM,
+        tokens: Tensor,
+        *,
+        autocast: torch.dtype | None = None,
+    ):
+        """`tokens` int64 [b, t]: a few sequences of the stage's own text, to measure the attention's sizes on."""
         self.loss: Callable[..., tuple[Tensor, Tensor]] = {"matrix": matrix_loss, "hidden": hidden_loss}[kind]
+        self.size = {"matrix": matrix_size, "hidden": hidden_size}[kind]
         self.teacher, self.student, self.autocast = teacher.model, student, autocast
         layers: Any = student.backbone.layers
         self.mixers: dict[int, Any] = {i: layer.mixer for i, layer in enumerate(layers) if hasattr(layer, "mixer")}
+        self.sizes: dict[int, Tensor] = {}
+        for index, attention, u, attended, options in self._walk(tokens, None):
+            if index in self.mixers:
+                device = self.mixers[index].D.device
+                self.sizes[index] = self.size(attention, u, attended, options).to(device)
 
-    def __call__(self, batch: DeviceBatch, grad_scale: Tensor) -> Sums:
-        """Forward and backward of every mixer on one batch; figures as sums over valid tokens."""
+    def _walk(self, inputs: Tensor, positions: Tensor | None) -> Iterator[tuple[int, Any, Tensor, Tensor, Any]]:
+        """(layer, attention module, its input u, its output, its options) of every teacher layer in turn."""
         teacher = self.teacher
         device = teacher.embed_tokens.weight.device
-        inputs, positions = batch.inputs.to(device), batch.position_ids
         positions = None if positions is None else positions.to(device)
-        sums: Sums = {}
         with torch.no_grad():
-            hidden = teacher.embed_tokens(inputs)
-            shared = AttentionInputs(
-                teacher.config, teacher.rotary_emb, hidden, positions, layers=range(len(teacher.layers))
-            )
+            hidden = teacher.embed_tokens(inputs.to(device))
+            layers = range(len(teacher.layers))
+            shared = AttentionInputs(teacher.config, teacher.rotary_emb, hidden, positions, layers=layers)
         for index, layer in enumerate(teacher.layers):
             options = shared.for_layer(index)
             with torch.no_grad():
                 u = layer.input_layernorm(hidden)
                 attended = layer.self_attn(hidden_states=u, past_key_values=None, **options)[0]
-            if index in self.mixers:
-                self._align(index, layer.self_attn, u, attended, options, batch, grad_scale, sums)
+            yield index, layer.self_attn, u, attended, options
             with torch.no_grad():
                 hidden = hidden + attended
                 hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+    def __call__(self, batch: DeviceBatch, grad_scale: Tensor) -> Sums:
+        """Forward and backward of every mixer on one batch; figures as sums over valid tokens."""
+        sums: Sums = {}
+        for index, attention, u, attended, options in self._walk(batch.inputs, batch.position_ids):
+            if index in self.mixers:
+                self._align(index, attention, u, attended, options, batch, grad_scale, sums)
         return sums
 
     def _align(
@@ -79,7 +95,7 @@ class AlignmentStep:
         u, attended = u.to(device), attended.to(device)
         resets = None if batch.position_ids is None else batch.position_ids == 0
         with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
-            rows, decay = self.loss(mixer, attention, u, attended, options, resets)
+            rows, decay = self.loss(mixer, attention, u, attended, options, resets, self.sizes[index])
         total = (rows * batch.valid).sum()
         (total * (grad_scale / len(self.mixers))).backward()
         share = total.detach() / len(self.mixers)
@@ -88,27 +104,46 @@ class AlignmentStep:
         sums[f"layers/mean_decay_{index}"] = (decay * batch.valid).sum().detach()
 
 
+def hidden_size(attention: Any, u: Tensor, attended: Tensor, options: dict[str, Any]) -> Tensor:
+    """Mean squared norm of the attention's output, a scalar."""
+    return attended.to(decay_dtype(u.dtype)).square().sum(-1).mean()
+
+
 def hidden_loss(
-    mixer: Any, attention: Any, u: Tensor, attended: Tensor, options: dict[str, Any], resets: Tensor | None
+    mixer: Any,
+    attention: Any,
+    u: Tensor,
+    attended: Tensor,
+    options: dict[str, Any],
+    resets: Tensor | None,
+    size: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Per-token relative squared error of the mixer's output [b, t], and mean decay [b, t]; u, attended [b, t, d]."""
     wide = decay_dtype(u.dtype)
-    wanted = attended.to(wide)
-    size = wanted.square().sum(-1) + FLOOR * wanted.shape[-1]
-    given = mixer(u, resets).to(wide)
-    return (given - wanted).square().sum(-1) / size, mean_decay(mixer, u)
+    return (mixer(u, resets).to(wide) - attended.to(wide)).square().sum(-1) / size, mean_decay(mixer, u)
+
+
+@torch.no_grad()
+def matrix_size(attention: Any, u: Tensor, attended: Tensor, options: dict[str, Any]) -> Tensor:
+    """Mean squared norm of each head's rows, [H, 1]."""
+    return attention_matrix(attention, u, options).square().sum(-1).mean((0, 2))[:, None]
 
 
 def matrix_loss(
-    mixer: Any, attention: Any, u: Tensor, attended: Tensor, options: dict[str, Any], resets: Tensor | None
+    mixer: Any,
+    attention: Any,
+    u: Tensor,
+    attended: Tensor,
+    options: dict[str, Any],
+    resets: Tensor | None,
+    size: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Per-row relative squared distance of mixing and attention matrices, mean over heads [b, t], and mean decay."""
     _, B, C, A_log, _, _ = mixer.project(u, resets)
     with torch.no_grad():
         wanted = attention_matrix(attention, u, options)
-    given = ssd_matrix(A_log, B, C, resets)
-    rows = (given - wanted).square().sum(-1) / wanted.square().sum(-1)
-    return rows.mean(1), mean_decay(mixer, u)
+    distance = (ssd_matrix(A_log, B, C, resets) - wanted).square().sum(-1)  # [b, H, t]
+    return (distance / size).mean(1), mean_decay(mixer, u)
 
 
 @torch.no_grad()

@@ -106,7 +106,8 @@ def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, 
         apply_replacements(student, teacher, layers)
         student.config.teacher_model = args.teacher_model
         if student_source == FROM_TEACHER:
-            calibrate_mixers(student, teacher, calibration_tokens(args, tokenizer).to(teacher_device))
+            tokens = calibration_tokens(args, stage_names(args)[0], tokenizer)
+            calibrate_mixers(student, teacher, tokens.to(teacher_device))
     freeze(student, mlp=args.freeze_mlp, replaced_layers=args.freeze_replaced_layers)
     share_frozen_weights(student, teacher)
     student.train()
@@ -117,9 +118,9 @@ def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, 
     return models
 
 
-def calibration_tokens(args: argparse.Namespace, tokenizer: Any) -> torch.Tensor:
-    """A few sequences of the first stage's own text, int64 [CALIBRATION_SEQUENCES, seq_length]."""
-    loader = make_loader(args, stage_names(args)[0], tokenizer)
+def calibration_tokens(args: argparse.Namespace, name: str, tokenizer: Any) -> torch.Tensor:
+    """A few sequences of a stage's own text, int64 [CALIBRATION_SEQUENCES, seq_length]."""
+    loader = make_loader(args, name, tokenizer)
     rows: list[torch.Tensor] = []
     for batch in loader:
         rows.extend(batch.tokens[:, :-1])
@@ -278,7 +279,8 @@ def compiles(args: argparse.Namespace) -> bool:
 def _micro_step(args: argparse.Namespace, name: str, models: Models) -> tuple[Any, nn.Module, Any]:
     if name in ("matrix", "hidden"):
         half = torch.float16 if models.dtype == torch.float16 else None
-        align = AlignmentStep(name, models.teacher, models.student, autocast=half)
+        tokens = calibration_tokens(args, name, models.tokenizer)
+        align = AlignmentStep(name, models.teacher, models.student, tokens, autocast=half)
         return align, trained_mixers(models.student), None
     forward = TeacherForward(models) if args.kl_weight > 0 else None
     head = models.teacher.get_output_embeddings().weight.to(models.device) if forward else None

@@ -29,37 +29,48 @@ def ssd_chunked(
     nothing before it is seen); initial_state [b, H, N, P]. Returns y [b, t, H, P] in x's dtype and the final state
     [b, H, N, P] in the decays' dtype. Section 6 of arXiv 2405.21060, with x not scaled by a step size.
     """
-    b, t, H, P = x.shape
-    G, N = B.shape[2:]
+    _, t, H, _ = x.shape
+    G = B.shape[2]
     R, Q = H // G, min(chunk_size, t)
-    pad = -t % Q
-    c = (t + pad) // Q
     wide = decay_dtype(x.dtype)
 
     # Heads before time, so that every product below is one batched matrix product on contiguous operands.
-    def chunks(tensor: Tensor) -> Tensor:  # [b, t, h, w] -> [b, h, c, Q, w]
-        return F.pad(tensor, (0, 0, 0, 0, 0, pad)).transpose(1, 2).unflatten(2, (c, Q))
+    xc, Bc, Cc = (_in_chunks(tensor, Q) for tensor in (x, B, C))  # [b, H or G, c, Q, P or N]
+    total = _in_chunks(-F.softplus(A_log.to(wide))[..., None], Q).squeeze(-1).cumsum(-1)  # [b, H, c, Q]
+    inside, enters, leaves, starts = _document_masks(resets, Q, -t % Q, x.device)
 
-    log_a = F.pad(-F.softplus(A_log.to(wide)), (0, 0, 0, pad)).transpose(1, 2).unflatten(2, (c, Q))
-    total = log_a.cumsum(-1)  # [b, H, c, Q]
-    inside, enters, leaves, passes = _document_masks(resets, b, c, Q, pad, x.device)
-
-    xc, Bc, Cc = chunks(x), chunks(B), chunks(C)
     scores = (Cc @ Bc.transpose(-1, -2)).unflatten(1, (G, 1))  # [b, G, 1, c, Q, Q]
     decay = (total[..., :, None] - total[..., None, :]).masked_fill(~inside, -torch.inf).exp()
-    weights = (scores * decay.unflatten(1, (G, R))).to(x.dtype).flatten(1, 2)  # [b, H, c, Q, Q]
+    weights = (scores * decay.unflatten(1, (G, R))).flatten(1, 2)  # [b, H, c, Q, Q]
+    if D is not None:  # D x_t is one more term on the diagonal: no pass over x of its own, forward or backward
+        weights = weights + D.to(wide)[:, None, None, None] * torch.eye(Q, dtype=wide, device=x.device)
+    y = weights.to(x.dtype) @ xc
 
     to_end = (total[..., -1:] - total).masked_fill(~leaves, -torch.inf).exp()  # [b, H, c, Q]
     Bx = (Bc.unflatten(1, (G, 1)) * to_end.unflatten(1, (G, R))[..., None]).to(x.dtype).flatten(1, 2)
-    added = (Bx.transpose(-1, -2) @ xc).to(wide)  # [b, H, c, N, P]: what each chunk adds to the state
-    states = _states_at_chunk_starts(added, total[..., -1], passes, initial_state)
+    added = Bx.transpose(-1, -2) @ xc  # [b, H, c, N, P]: what each chunk adds to the state
+    states = _states_at_chunk_starts(added, total[..., -1], starts, initial_state)
+    if states is None:
+        return _merge_chunks(y, t), added[:, :, -1].to(wide)
 
     from_start = total.masked_fill(~enters, -torch.inf).exp()  # [b, H, c, Q]
     Cx = (Cc.unflatten(1, (G, 1)) * from_start.unflatten(1, (G, R))[..., None]).to(x.dtype).flatten(1, 2)
-    y = weights @ xc + Cx @ states[:, :, :-1].to(x.dtype)
-    if D is not None:
-        y = y + D.to(x.dtype)[:, None, None, None] * xc
-    return y.flatten(2, 3)[:, :, :t].transpose(1, 2), states[:, :, -1]
+    y = y + Cx @ states.to(x.dtype)
+    through = from_start[:, :, -1, -1, None, None]  # what is left of the last chunk's incoming state at its end
+    return _merge_chunks(y, t), through * states[:, :, -1] + added[:, :, -1]
+
+
+def _in_chunks(tensor: Tensor, Q: int) -> Tensor:
+    """[b, t, h, w] -> [b, h, c, Q, w], contiguous, with zeros after the last token."""
+    pad = -tensor.shape[1] % Q
+    if pad:
+        tensor = F.pad(tensor, (0, 0, 0, 0, 0, pad))
+    return tensor.transpose(1, 2).unflatten(2, (-1, Q)).contiguous()
+
+
+def _merge_chunks(y: Tensor, t: int) -> Tensor:
+    """[b, H, c, Q, P] -> [b, t, H, P]."""
+    return y.flatten(2, 3)[:, :, :t].transpose(1, 2)
 
 
 def decay_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -68,41 +79,49 @@ def decay_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _document_masks(
-    resets: Tensor | None, b: int, c: int, Q: int, pad: int, device: torch.device
+    resets: Tensor | None, Q: int, pad: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Which pairs in a chunk see each other, which rows see the incoming state, which reach the outgoing one.
 
-    Returns inside [.., Q, Q], enters [.., Q], leaves [.., Q] (broadcast over [b, H, c]) and, per chunk, the number
-    of document starts up to its end [b, 1, c + 1] (None without resets).
+    Returns inside [.., Q, Q], enters [.., Q], leaves [.., Q] (broadcast over [b, H, c]) and the number of document
+    starts in each chunk [b, 1, c] (None without resets).
     """
     causal = torch.ones(Q, Q, dtype=torch.bool, device=device).tril()
     if resets is None:
         everywhere = torch.ones(Q, dtype=torch.bool, device=device)
         return causal, everywhere, everywhere, None
-    started = F.pad(resets, (0, pad)).view(b, 1, c, Q).long().cumsum(-1)  # documents begun in this chunk so far
+    started = F.pad(resets, (0, pad)).unflatten(1, (-1, Q))[:, None].int().cumsum(-1)  # in this chunk so far
     inside = causal & (started[..., :, None] == started[..., None, :])
-    ends = F.pad(started[..., -1].cumsum(-1), (1, 0))  # [b, 1, c + 1]
-    return inside, started == 0, started == started[..., -1:], ends
+    return inside, started == 0, started == started[..., -1:], started[..., -1]
 
 
 def _states_at_chunk_starts(
-    added: Tensor, log_decay: Tensor, ends: Tensor | None, initial: Tensor | None
-) -> Tensor:
-    """States before each chunk and after the last: [b, H, c + 1, N, P] from what each chunk adds [b, H, c, N, P].
+    added: Tensor, log_decay: Tensor, starts: Tensor | None, initial: Tensor | None
+) -> Tensor | None:
+    """The state before each chunk [b, H, c, N, P] from what each chunk adds [b, H, c, N, P]; None if there is none.
 
-    One small matrix product over chunks: state k is the sum over j < k of exp(sum of log_decay from j + 1 to k - 1)
-    times what chunk j added, the initial state counting as a chunk before the first. log_decay [b, H, c].
+    One small matrix product over chunks, in the inputs' dtype: state k is the sum over j < k of what chunk j added
+    times exp(log_decay summed from j + 1 to k - 1), and the initial state (float32 or better, then so is the result)
+    times exp(log_decay summed from 0 to k - 1). log_decay [b, H, c]; starts [b, 1, c] document starts in each chunk.
     """
-    b, H, c, N, P = added.shape
-    if initial is None:
-        initial = torch.zeros_like(added[:, :, 0])
-    sources = torch.cat((initial.to(added.dtype)[:, :, None], added), 2)  # [b, H, c + 1, N, P]
-    upto = F.pad(log_decay.cumsum(-1), (1, 0))  # decay of everything before chunk k
-    visible = torch.ones(c + 1, c + 1, dtype=torch.bool, device=added.device).tril()
-    if ends is not None:
-        visible = visible & (ends[..., :, None] == ends[..., None, :])
-    decay = (upto[..., :, None] - upto[..., None, :]).masked_fill(~visible, -torch.inf).exp()
-    return (decay @ sources.flatten(3)).unflatten(3, (N, P))
+    c = log_decay.shape[-1]
+    if c == 1:
+        return None if initial is None else initial[:, :, None]
+    through = log_decay.cumsum(-1)
+    before = F.pad(through, (1, 0))[..., :-1]
+    visible = torch.ones(c, c, dtype=torch.bool, device=added.device).tril(-1)
+    reached = None
+    if starts is not None:
+        ends = starts.cumsum(-1)
+        begins = ends - starts
+        visible = visible & (begins[..., :, None] == ends[..., None, :])
+        reached = begins == 0
+    decay = (before[..., :, None] - through[..., None, :]).masked_fill(~visible, -torch.inf).exp()
+    states = (decay.to(added.dtype) @ added.flatten(3)).unflatten(3, added.shape[3:])
+    if initial is not None:
+        left = before if reached is None else before.masked_fill(~reached, -torch.inf)
+        states = states + left.exp()[..., None, None] * initial[:, :, None]
+    return states
 
 
 def ssd_step(

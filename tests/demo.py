@@ -65,8 +65,8 @@ def train() -> None:
         *("--dataset_name", TEXT / "train.jsonl.gz", "--dataset_subset", "", "--max_steps", 20),
         *("--second_dataset_name", TEXT / "conversations.jsonl.gz"),
         *("--second_dataset_tokens", 8 * 512, "--second_dataset_epochs", 1),
-        *("--hidden_tokens", 32 * 512),
-        *("--max_lr", "1e-3", "--min_lr", "1e-5", "--freeze_replaced_layers", "--freeze_mlp"),
+        *("--hidden_tokens", 32 * 512, "--hidden_lr", "2e-4"),
+        *("--max_lr", "2e-4", "--min_lr", "1e-5", "--freeze_replaced_layers", "--freeze_mlp"),
         *("--eval_dataset", TEXT / "heldout.jsonl.gz", "--eval_interval", 60, "--eval_tokens", 2048),
         *("--output_dir", RUN, "--resume", "none"),
     ]

@@ -53,7 +53,7 @@ FLAG_CASES = {
     "no data folder": (dict(dataset_name="/nowhere/text"), "/nowhere/text"),
     "no teacher folder": (dict(teacher_model="/nowhere/model"), "/nowhere/model does not exist"),
     "no student folder": (dict(student_model="/nowhere/model"), "/nowhere/model does not exist"),
-    "no checkpoint to resume": (dict(resume="/nowhere/checkpoint-3"), "/nowhere/checkpoint-3: there is no such folder"),
+    "no checkpoint to resume": (dict(resume="/nowhere/checkpoint-3"), "checkpoint-3: there is no such folder"),
     "no flash attention": (dict(attn_implementation="flash_attention_2"), "flash-attn is not installed"),
 }
 

@@ -12,6 +12,8 @@ from models.modeling_llamba import AttentionInputs
 from mohawk import AlignmentStep, attention_matrix, trained_mixers
 from trainer import DeviceBatch
 
+PROBE = torch.arange(60).view(3, 20)
+
 
 def pair(name="grouped queries", layers=(1,)):
     teacher = make_teacher(TEACHERS[name]).double()
@@ -79,19 +81,24 @@ def test_losses_and_gradients_equal_dense_references(kind, t):
     teacher, student = pair()
     tokens, valid = torch.randint(0, 512, (2, t)), torch.rand(2, t) < 0.8
     reference = copy.deepcopy(student)
-    sums = AlignmentStep(kind, teacher, student)(batch_of(tokens, valid=valid), torch.tensor(0.7))
-    total = 0.0
+    sums = AlignmentStep(kind, teacher, student, PROBE)(batch_of(tokens, valid=valid), torch.tensor(0.7))
+    total, probed = 0.0, layer_inputs(teacher, PROBE)
     for index, (u, attended) in enumerate(layer_inputs(teacher, tokens)):
         if index == 1:
             continue
         mixer = reference.backbone.layers[index].mixer
         if kind == "hidden":
-            rows = (mixer(u) - attended).square().sum(-1) / (attended.square().sum(-1) + 1e-6 * 64)
+            size = probed[index][1].square().sum(-1).mean()
+            rows = (mixer(u) - attended).square().sum(-1) / size
         else:
             hidden = teacher.model.embed_tokens(tokens)
             shared = AttentionInputs(teacher.config, teacher.model.rotary_emb, hidden, layers=range(4))
             wanted = attention_matrix(teacher.model.layers[index].self_attn, u, shared.for_layer(index))
-            rows = ((slow_matrix(mixer, u) - wanted).square().sum(-1) / wanted.square().sum(-1)).mean(1)
+            hidden = teacher.model.embed_tokens(PROBE)
+            shared = AttentionInputs(teacher.config, teacher.model.rotary_emb, hidden, layers=range(4))
+            probe = attention_matrix(teacher.model.layers[index].self_attn, probed[index][0], shared.for_layer(index))
+            size = probe.square().sum(-1).mean((0, 2))
+            rows = ((slow_matrix(mixer, u) - wanted).square().sum(-1) / size[:, None]).mean(1)
         total = total + (rows * valid).sum() / 3
     (0.7 * total).backward()
     assert sums["loss"].item() == pytest.approx(total.item(), rel=1e-7)
@@ -112,7 +119,7 @@ def test_batch_and_accumulation_give_the_same_gradients(kind):
     for parts in (1, 2):
         student.zero_grad()
         for rows in tokens.chunk(parts):
-            AlignmentStep(kind, teacher, student)(batch_of(rows, positions[: len(rows)]), torch.tensor(1 / 48))
+            AlignmentStep(kind, teacher, student, PROBE)(batch_of(rows, positions[: len(rows)]), torch.tensor(1 / 48))
         gradients.append([p.grad for p in trained_mixers(student).parameters() if p.grad is not None])
     assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(*gradients))
 
@@ -133,7 +140,7 @@ def test_one_layers_activations_at_a_time():
 
     tokens = torch.randint(0, 512, (1, 32))
     with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-        AlignmentStep("hidden", teacher, student)(batch_of(tokens), torch.tensor(1.0))
+        AlignmentStep("hidden", teacher, student, PROBE)(batch_of(tokens), torch.tensor(1.0))
         whole = peak[0]
         peak[0] = 0
         mixer = student.backbone.layers[0].mixer
@@ -145,7 +152,8 @@ def test_one_layers_activations_at_a_time():
 def test_the_stages_run_align_and_hand_over(tmp_path, tiny_teacher, documents):
     sources = runs.write_sources(tmp_path / "text", documents)
     argv = runs.flags(
-        tiny_teacher, sources, tmp_path / "run", matrix_tokens=2048, hidden_tokens=6144, hidden_lr=1e-2, matrix_seq_length=32,
+        tiny_teacher, sources, tmp_path / "run", matrix_tokens=2048, hidden_tokens=6144, hidden_lr=1e-3,
+        matrix_seq_length=32,
         max_steps=2, skip_stage2=True,
     )  # fmt: skip
     assert train.main(argv) == 0
@@ -154,6 +162,6 @@ def test_the_stages_run_align_and_hand_over(tmp_path, tiny_teacher, documents):
         stage: [r["train/loss"] for r in rows if r["stage"] == stage] for stage in ("matrix", "hidden", "stage1")
     }
     assert [len(values) for values in losses.values()] == [32, 48, 2]
-    assert losses["hidden"][-1] < 0.92 * losses["hidden"][0]
-    assert losses["matrix"][-1] < 0.9 * losses["matrix"][0]
+    for stage in ("matrix", "hidden"):
+        assert sum(losses[stage][-8:]) < sum(losses[stage][:8])
     assert "layers/mean_decay_0" in rows[0] and "layers/squared_error_1" not in rows[0]
