@@ -10,10 +10,12 @@ import contextlib
 import itertools
 import logging
 import math
+import os
 import queue
 import threading
 import time
 import weakref
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +24,7 @@ import torch
 
 from documents import BadDocument, DocumentEncoder
 from packing import PackedTextDataset, Sequence
-from row_readers import BadData, TextFile
+from row_readers import BadData, TextFile, Unzipped
 from text_sources import DataStreamLost, SourceSpec, open_source
 
 __all__ = [
@@ -276,38 +278,39 @@ def estimate_tokens(spec: SourceSpec, tokenizer: Any) -> float:
 
 def _tokens_of_file(file: TextFile, column: str, encoder: DocumentEncoder, characters: int) -> float:
     """Tokens per row (JSON: per byte) of samples at several places of a file, times its rows (bytes)."""
-    handles: list[Any] = []
-
-    def opened() -> Any:
-        handles.append(file.open())
-        return handles[-1]
-
-    rows, size = file.row_count(), file.size()
-    total = size if rows is None else rows
+    rows = file.row_count()
+    total = _text_size(file) if rows is None else rows
     places = SAMPLED_PLACES if rows is not None or (file.format == "jsonl" and not file.compressed) else 1
     tokens = units = 0
     for place in range(places):
         first, last = place * total // places, (place + 1) * total // places
-        start = (first, 0) if rows is not None else (0, first)
-        items: Any = replace(file, open=opened).rows(column, *start)
+        items: Any = file.rows(column, *((0, first) if rows is None else (first, 0)))
         limit = None if file.compressed else last
-        more_tokens, more_units, whole = _sample(items, encoder, first, limit, characters // places, rows is not None)
+        more_tokens, more_units = _sample(items, encoder, first, limit, characters // places, rows is not None)
         tokens, units = tokens + more_tokens, units + more_units
-        if file.compressed:  # bytes count decompressed: all of them, or in proportion to what was read of the file
-            total = units if whole else round(units * size / max(1, handles[-1].tell()))
         items.close()
     return tokens * total / max(1, units)
 
 
+def _text_size(file: TextFile) -> int:
+    """Bytes of a JSON file; of a compressed one the decompressed size, from the ratio of its beginning."""
+    if not file.compressed:
+        return file.size()
+    with file.open() as handle:
+        stored, stream = handle.seek(0, os.SEEK_END), Unzipped(handle)
+        with contextlib.suppress(EOFError, zlib.error):  # a damaged file: what there is of it
+            stream.seek(2 * SAMPLED_CHARACTERS)
+        return stream.position * stored // max(1, handle.tell() - len(stream.packed))
+
+
 def _sample(
     items: Any, encoder: DocumentEncoder, at: int, last: int | None, characters: int, by_rows: bool
-) -> tuple[int, int, bool]:
-    """(tokens, units read, whether all up to `last` was read); a line begun in its middle counts as neither."""
+) -> tuple[int, int]:
+    """(tokens, units read) from `at` up to `last`; a line begun in its middle counts as neither."""
     segments: list[Any] = []
-    units, whole = 0, True
+    units = 0
     for item in items:
         if characters <= 0 or (last is not None and at >= last):
-            whole = characters > 0
             break
         after = item.next_row if by_rows else item.next_offset
         if not isinstance(item.value, BadData):
@@ -319,4 +322,4 @@ def _sample(
         at = after
     known = sum(len(part) for part in segments if not isinstance(part, str))
     texts = [part for part in segments if isinstance(part, str)]
-    return known + sum(map(len, encoder.encode(texts))), units, whole
+    return known + sum(map(len, encoder.encode(texts))), units
