@@ -172,7 +172,7 @@ class DistillationStep(nn.Module):
         if not (head.requires_grad and self.accumulate_head_in_place) or tied or not torch.is_grad_enabled():
             return None
         if head.grad is None:
-            if head.dtype != torch.float32:
+            if head.dtype in (torch.bfloat16, torch.float16):
                 head.grad_dtype = torch.float32
             head.grad = torch.zeros_like(head, dtype=torch.promote_types(head.dtype, torch.float32))
         return head.grad

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import tiny_llama_config
 from transformers import LlamaForCausalLM
 
 from checkpoints import CheckpointStore
+from conftest import tiny_llama_config
 
 METADATA = {"progress": {"optimizer_step": 1}, "flags": {}, "finished": False}
 

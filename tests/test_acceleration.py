@@ -7,7 +7,6 @@ import logging
 
 import pytest
 import torch
-from conftest import tiny_llama_config
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -28,6 +27,7 @@ from acceleration import (
 )
 from activation_bytes import saved_bytes
 from arguments import UserError, parse_arguments
+from conftest import tiny_llama_config
 from initialization import student_config
 from memory import StepModel, describe_modes, estimate_memory, meta_student, oom_advice, replaced_layers
 from model_utils import apply_replacements, as_teacher, freeze, share_frozen_weights, transfer_teacher_weights

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_tools import METADATA, flip_bit, frozen_names, make_store, names_in, quick_processes, save, tiny_model
-from conftest import ROOT, tiny_llama_config
 from transformers import LlamaForCausalLM
 
 import run_folder
 from arguments import UserError
 from checkpoint_files import damage
+from checkpoint_tools import METADATA, flip_bit, frozen_names, make_store, names_in, quick_processes, save, tiny_model
 from checkpoints import CheckpointStore, read_metadata, read_trainer_state
+from conftest import ROOT, tiny_llama_config
 
 
 @pytest.fixture

@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoint_tools import flip_bit, frozen_names, make_store, names_in, save, tiny_model
-from conftest import tiny_llama_config
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -19,6 +17,7 @@ import checkpoint_files
 import run_folder
 from arguments import UserError, parse_arguments
 from checkpoint_files import damage
+from checkpoint_tools import flip_bit, frozen_names, make_store, names_in, save, tiny_model
 from checkpoints import (
     changed_flags,
     read_metadata,
@@ -26,6 +25,7 @@ from checkpoints import (
     rng_state,
     set_rng_state,
 )
+from conftest import tiny_llama_config
 from host_copies import HostCopies
 from run_control import mask_secrets
 

@@ -13,10 +13,10 @@ import time
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT
-from hub import COMMIT, LoopbackHub
 
 import runs
+from conftest import ROOT
+from hub import COMMIT, LoopbackHub
 
 README = """---
 configs:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_tools import make_store, save, tiny_model
 from safetensors.torch import save_file
 
 from arguments import UserError
+from checkpoint_tools import make_store, save, tiny_model
 from checkpoints import check_folder, read_metadata, read_trainer_state
 
 

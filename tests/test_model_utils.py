@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import tiny_llama_config
 from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig, Qwen2Config, Qwen3Config
 
 from arguments import UserError
+from conftest import tiny_llama_config
 from initialization import student_from_teacher
 from model_utils import (
     apply_replacements,

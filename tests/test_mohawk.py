@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from test_model_utils import TEACHERS, make_student, make_teacher
 
 import runs
 import train
 from models.modeling_llamba import AttentionInputs
 from mohawk import AlignmentStep, attention_matrix, trained_mixers
+from test_model_utils import TEACHERS, make_student, make_teacher
 from trainer import DeviceBatch
 
 PROBE = torch.arange(60).view(3, 20)

@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from safetensors.torch import load_file
 
 import runs
+from conftest import ROOT
 
 pytestmark = pytest.mark.slow
 

@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 import run_control
 from arguments import UserError
+from conftest import ROOT
 from run_control import MaskingFilter, RunLock, SaveClock, StopSignals, mask_secrets, process_start
 
 

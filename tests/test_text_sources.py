@@ -10,10 +10,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hub import LoopbackHub
 
 import row_readers
 from arguments import UserError
+from hub import LoopbackHub
 from hub_files import is_transient
 from row_readers import BadData, TextFile
 from text_sources import SourceSpec, find_files, load_table, open_source

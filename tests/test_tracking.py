@@ -1,0 +1,116 @@
+"""Figures as their readers get them: metrics.jsonl, a real offline W&B run parsed back, the plot, masked secrets."""
+
+import json
+import struct
+
+import pytest
+
+import runs
+from plot_metrics import plot_runs, read_metrics
+from utils import Tracker, format_duration, format_line
+
+wandb = pytest.importorskip("wandb")
+
+
+def offline_records(folder):
+    """Every record of an offline run directory: protocol buffers in LevelDB's log format after W&B's 7-byte header.
+
+    Blocks of 32 KiB hold pieces with a header of checksum (4), length (2), type (1: whole, 2: first, 3: middle,
+    4: last); a block's last 6 bytes or fewer are padding.
+    """
+    from wandb.proto import wandb_internal_pb2
+
+    data = next(folder.rglob("run-*.wandb")).read_bytes()
+    assert data[:4] == b":W&B"
+    position, message = 7, b""
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        length, kind = struct.unpack_from("<HB", data, position + 4)
+        if kind == 0:
+            break
+        message = (b"" if kind in (1, 2) else message) + data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(message)
+            yield record
+
+
+def values_of(items):
+    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+@pytest.mark.slow
+def test_an_offline_run_holds_metrics_config_and_axes(tmp_path, tiny_teacher, documents, run_script):
+    sources = runs.write_sources(tmp_path / "text", documents)
+    argv = runs.flags(
+        tiny_teacher, sources, tmp_path / "run", wandb=True, wandb_mode="offline", wandb_run_name="tiny", max_steps=3,
+        second_dataset_tokens=128,
+    )  # fmt: skip
+    done = run_script(
+        "train.py", *argv, env={"WANDB_DIR": str(tmp_path), "WANDB_MODE": "offline", "HF_TOKEN": "hf_" + "a" * 30}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    history, config, metrics, summary = [], {}, set(), {}
+    for record in offline_records(tmp_path):
+        if record.WhichOneof("record_type") == "history":
+            items = {
+                item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item
+            }
+            history.append(items)
+        elif record.WhichOneof("record_type") == "run":
+            config = values_of(record.run.config.update)
+        elif record.WhichOneof("record_type") == "metric":
+            metrics.add((record.metric.name or record.metric.glob_name, record.metric.step_metric))
+        elif record.WhichOneof("record_type") == "summary":
+            summary |= values_of(record.summary.update)
+    losses = [row["train/loss"] for row in history if "train/loss" in row]
+    assert losses == [row["train/loss"] for row in runs.metrics(tmp_path / "run") if "train/loss" in row]
+    for name in ("kl", "top1_agreement", "lr", "grad_norm", "tokens", "tokens_per_second", "optimizer_step"):
+        assert any(f"train/{name}" in row for row in history), name
+    assert config["max_steps"] == 3 and config["seq_length"] == 64
+    assert ("train/*", "train/optimizer_step") in metrics
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            assert secret.encode() not in path.read_bytes(), path
+
+
+def test_metrics_are_cut_where_a_run_resumes(tmp_path):
+    tracker = Tracker(tmp_path)
+    for step in range(1, 5):
+        tracker.log({"train/loss": 1.0 / step, "bad": float("nan")}, step=step)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "train')
+    tracker.truncate_after(2)
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2] and rows[0]["bad"] is None
+
+
+def test_pictures_of_two_runs(tmp_path):
+    for run in ("a", "b"):
+        tracker = Tracker(tmp_path / run)
+        for step in range(1, 150):
+            tracker.log({"train/loss": 3.0 / step, "train/kl": 1.0 / step, "train/tokens": step * 100}, step=step)
+    picture = plot_runs([tmp_path / "a", tmp_path / "b"], tmp_path / "out.png", x="tokens")
+    assert picture.read_bytes()[:4] == b"\x89PNG" and picture.stat().st_size > 10_000
+    with pytest.raises(ValueError, match="no metrics to draw"):
+        (tmp_path / "c").mkdir()
+        (tmp_path / "c" / "metrics.jsonl").write_text("")
+        plot_runs([tmp_path / "c"], tmp_path / "none.png")
+
+
+def test_durations_and_lines():
+    assert format_duration(5) == "0:05" and format_duration(3723) == "1:02:03"
+    assert format_duration(90061) == "1d 01:01:01" and format_duration(float("inf")) == "?"
+    line = format_line({"stage": "stage1", "stage_step": 3, "stage_total": 9, "train/loss": 1.5})
+    assert line.startswith("stage1 3/9") and "\n" not in line
+
+
+def test_readme_lists_every_flag():
+    from arguments import markdown_table
+    from conftest import ROOT
+
+    assert markdown_table() in (ROOT / "README.md").read_text()

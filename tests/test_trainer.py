@@ -1,0 +1,132 @@
+"""The loop: one normalisation for a whole step, no wait in a micro step, and what it tells."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from data import Batch
+from model_utils import teacher_hidden
+from optimizer import build_optimizer, build_schedule
+from test_model_utils import TEACHERS, make_student, make_teacher
+from trainer import (
+    DistillationStep,
+    Progress,
+    Services,
+    Stage,
+    accumulate,
+    kd_micro_step,
+    run_stage,
+    to_device,
+    windows,
+)
+
+
+@dataclass
+class Batches:
+    """A loader's face over a list."""
+
+    items: list
+    waited_seconds: float = 0.0
+    position: int = 0
+
+    def __iter__(self):
+        while self.position < len(self.items):
+            self.position += 1
+            yield self.items[self.position - 1]
+
+    def state_dict(self):
+        return {"position": self.position}
+
+
+def batches_of(tokens, valid, size):
+    return [
+        Batch(tokens=tokens[i : i + size], valid=valid[i : i + size], position_ids=None, document_ids=[f"d{i}"])
+        for i in range(0, len(tokens), size)
+    ]
+
+
+def make_stage(teacher, student, batches, accumulation=1, steps=10, **options):
+    module = DistillationStep(student, teacher.lm_head.weight, **options)
+
+    def forward(batch):
+        batch.teacher_hidden = teacher_hidden(teacher, batch.inputs)
+
+    optimizer = build_optimizer("adamw", module, lr=1e-3, weight_decay=0.1)
+    rates = dict(max_lr=1e-3, min_lr=1e-5, warmup_ratio=0.1, decay_ratio=0.1)
+    schedule = build_schedule(optimizer, steps, **rates)
+    return Stage(
+        "stage1", Batches(batches), kd_micro_step(module, forward), module, optimizer, schedule, steps, accumulation
+    )
+
+
+def test_one_times_eight_has_the_gradients_of_two_times_four():
+    teacher = make_teacher(TEACHERS["grouped queries"]).double()
+    student = make_student(teacher, [1]).double()
+    tokens, valid = torch.randint(0, 512, (8, 13)), torch.rand(8, 12) < 0.6
+    gradients = []
+    for size in (8, 4, 1):
+        student.zero_grad()
+        stage = make_stage(teacher, student, [], ce_weight=0.3, temperature=2.0)
+        window = [to_device(b, torch.device("cpu"), {}, non_blocking=False) for b in batches_of(tokens, valid, size)]
+        sums = accumulate(stage, window, lambda: False)
+        gradients.append([p.grad.clone() for p in student.parameters()])
+        assert sums["tokens"] == valid.sum()
+    for other in gradients[1:]:
+        assert all(torch.allclose(a, b, rtol=1e-8, atol=1e-12) for a, b in zip(gradients[0], other))
+
+
+def test_a_run_tells_means_over_whole_updates_and_saves_at_the_end():
+    teacher = make_teacher(TEACHERS["grouped queries"])
+    student = make_student(teacher, [1]).train()
+    tokens = torch.randint(0, 512, (12, 17))
+    stage = make_stage(teacher, student, batches_of(tokens, torch.ones(12, 16, dtype=torch.bool), 2), 3, steps=2)
+    told, saved = [], []
+    progress = Progress()
+    progress.begin("stage1", 2)
+    services = Services(lambda p, figures: told.append(figures), lambda p, s: saved.append(p.as_dict()))
+    assert run_stage(stage, progress, services)
+    assert [row["train/optimizer_step"] for row in told] == [1, 2]
+    assert told[1]["train/tokens"] == 12 * 16 and progress.micro_step == 6
+    assert saved[-1]["stage_done"] and saved[-1]["loader"] == {"position": 6}
+    assert 0 <= told[0]["train/top1_agreement"] <= 1 and told[0]["train/kl"] > 0
+
+
+def test_the_teacher_is_no_part_of_the_graph():
+    teacher = make_teacher(TEACHERS["grouped queries"])
+    student = make_student(teacher, [1])
+    stage = make_stage(teacher, student, batches_of(torch.randint(0, 512, (2, 9)), torch.ones(2, 8).bool(), 2))
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    assert all(p not in set(stage.parameters()) for p in teacher.parameters())
+    progress = Progress()
+    progress.begin("stage1", 1)
+    run_stage(stage, progress, Services(lambda *a: None, lambda *a: None))
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_windows_keep_a_short_last_one():
+    assert [len(w) for w in windows(iter(range(7)), 3)] == [3, 3, 1]
+
+
+def test_looking_ahead_changes_nothing():
+    """Batches prepared before their turn give the same weights, and the loader's position is that of the window."""
+    results = []
+    tokens = torch.randint(0, 512, (6, 9))
+    torch.manual_seed(0)
+    teacher = make_teacher(TEACHERS["grouped queries"])
+    base = make_student(teacher, [1])
+    start = {name: p.clone() for name, p in base.state_dict().items()}
+    for ahead in (0, 1):
+        base.load_state_dict(start)
+        stage = make_stage(teacher, base, batches_of(tokens, torch.ones(6, 8).bool(), 1), 2, steps=2)
+
+        def prepare(batch):
+            batch.teacher_hidden = teacher_hidden(teacher, batch.inputs)
+
+        stage.ahead, stage.prepare = ahead, prepare if ahead else None
+        progress = Progress()
+        progress.begin("stage1", 2)
+        run_stage(stage, progress, Services(lambda *a: None, lambda *a: None))
+        assert progress.loader == {"position": 4}
+        results.append(nn.utils.parameters_to_vector(base.parameters()).detach().clone())
+    assert torch.equal(*results)
