@@ -50,9 +50,9 @@ def test_an_offline_run_holds_metrics_config_and_axes(tmp_path, tiny_teacher, do
         tiny_teacher, sources, tmp_path / "run", wandb=True, wandb_mode="offline", wandb_run_name="tiny", max_steps=3,
         second_dataset_tokens=128,
     )  # fmt: skip
-    done = run_script(
-        "train.py", *argv, env={"WANDB_DIR": str(tmp_path), "WANDB_MODE": "offline", "HF_TOKEN": "hf_" + "a" * 30}
-    )
+    secret = "hf_" + "a" * 30
+    env = {"WANDB_DIR": str(tmp_path), "WANDB_MODE": "offline", "HF_TOKEN": secret}
+    done = run_script("train.py", *argv, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     history, config, metrics, summary = [], {}, set(), {}
     for record in offline_records(tmp_path):
