@@ -6,7 +6,7 @@ bf16 weight lacks beside it.
 """
 
 import functools
-import logging
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,10 +16,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from arguments import UserError
 
-log = logging.getLogger(__name__)
-
 BETAS = (0.9, 0.95)
 EPS = 1e-8
+RATIO = math.sqrt((1 - BETAS[0]) ** 2 / (1 - BETAS[1]) / (1 - BETAS[0] ** 2 / BETAS[1]))  # |m| <= RATIO * sqrt(v)
 BLOCK = 256  # elements that share one scale
 EAGER_SLICE = 2**22  # elements of an eager update
 
@@ -109,34 +108,26 @@ class MasterAdamW(_SkippingOptimizer):
         super().__init__(params, {"lr": lr, "weight_decay": 0.0})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None and local(p).numel()]
             if parameters:
                 self._fused_step(parameters, group)
+        return loss
 
     def _fused_step(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         states = [self._exact_state(p) for p in parameters]
         masters = [state.get("master", local(p.detach())) for state, p in zip(states, parameters)]
         scale, found = self._controls(masters[0].device)
+        gradients = [local(p.grad).to(m.dtype) for p, m in zip(parameters, masters) if p.grad is not None]
+        averages, squares, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
+        options: dict[str, Any] = dict(lr=group["lr"], beta1=BETAS[0], beta2=BETAS[1], eps=EPS)
+        options |= dict(weight_decay=group["weight_decay"], amsgrad=False, maximize=False)
         torch._fused_adamw_(
-            masters,
-            [local(p.grad).to(m.dtype) for p, m in zip(parameters, masters) if p.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            lr=group["lr"],
-            beta1=BETAS[0],
-            beta2=BETAS[1],
-            weight_decay=group["weight_decay"],
-            eps=EPS,
-            amsgrad=False,
-            maximize=False,
-            grad_scale=scale,
-            found_inf=found,
+            masters, gradients, averages, squares, [], steps, **options, grad_scale=scale, found_inf=found
         )
-        advance([state["step"] for state in states], found)  # to the next step's number
+        advance(steps, found)  # to the next step's number
         split = [(local(p.detach()), m) for p, m in zip(parameters, masters) if local(p).dtype != m.dtype]
         if split:
             torch._foreach_copy_([weight for weight, _ in split], [master for _, master in split])
@@ -164,11 +155,12 @@ class MasterAdamW(_SkippingOptimizer):
 class AdamW8bit(MasterAdamW):
     """AdamW on exact float32 masters with 8-bit moments in blocks of at most 256 (cf. arXiv 2110.02861).
 
-    A bf16 matrix has an int16 `low` beside it (weight and low are the float32 master). The first moment is int8,
-    the square root of the second uint8, each with a float32 scale a block; codes are the square root of the scaled
-    value, so that small entries keep their relative precision. Blocks never cross rows, so that sharding rows over
-    ranks leaves them whole. State: 2 + 1 + 1 + 8/256 = 4.03 bytes a parameter. Vectors, and matrices whose rows do
-    not divide into blocks, are few and small: they take the reference's exact update.
+    A bf16 matrix has an int16 `low` beside it (weight and low are the float32 master). uint8 codes hold the root of
+    the second moment, with a float32 scale a block; int8 codes hold the first moment divided by that root, which is
+    what an update is made of, so that no entry loses precision to a larger neighbour (`encode_moments`). Blocks
+    never cross rows, so that sharding rows over ranks leaves them whole. State: 2 + 1 + 1 + 4/256 = 4.02 bytes a
+    parameter. Vectors, and matrices whose rows do not divide into blocks, are few and small: they take the
+    reference's exact update.
     """
 
     def __init__(self, params: Any, lr: float, compile: bool = False):
@@ -176,7 +168,8 @@ class AdamW8bit(MasterAdamW):
         self.compile = compile
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             live = [p for p in group["params"] if p.grad is not None and local(p).numel()]
             exact = [p for p in live if block_length(local(p)) is None]
@@ -193,6 +186,7 @@ class AdamW8bit(MasterAdamW):
             scalars = step_scalars(torch.stack(steps), group["lr"], group["weight_decay"], scale)
             for p, state, row in zip(blocked, states, scalars.unbind()):
                 self._update_blocks(local(p.detach()), local(p.grad), state, row, found)
+        return loss
 
     def _update_blocks(
         self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], scalars: Tensor, found: Tensor
@@ -200,7 +194,7 @@ class AdamW8bit(MasterAdamW):
         block = state["m"].shape[1]
         flat: list[Any] = [weight.view(-1, block), grad.reshape(-1, block)]
         flat.append(state["low"].view(-1, block) if "low" in state else flat[0])
-        flat += [state[name] for name in ("m", "m_scale", "v", "v_scale")]
+        flat += [state[name] for name in ("m", "v", "v_scale")]
         if self.compile:
             for tensor in flat:
                 torch._dynamo.mark_dynamic(tensor, 0)
@@ -221,7 +215,7 @@ class AdamW8bit(MasterAdamW):
             rows = data.numel() // block
             for name, dtype in (("m", torch.int8), ("v", torch.uint8)):
                 state[name] = torch.zeros(rows, block, dtype=dtype, device=data.device)
-                state[f"{name}_scale"] = torch.zeros(rows, 1, device=data.device)
+            state["v_scale"] = torch.zeros(rows, 1, device=data.device)
             state["step"] = torch.zeros((), device=data.device)
         return state
 
@@ -264,31 +258,22 @@ def step_scalars(steps: Tensor, lr: float, weight_decay: float, scale: Tensor) -
 
 
 def update_blocks(
-    weight: Tensor,
-    grad: Tensor,
-    low: Tensor,
-    m: Tensor,
-    m_scale: Tensor,
-    v: Tensor,
-    v_scale: Tensor,
-    scalars: Tensor,
-    found: Tensor,
+    weight: Tensor, grad: Tensor, low: Tensor, m: Tensor, v: Tensor, v_scale: Tensor, scalars: Tensor, found: Tensor
 ) -> None:
     """One AdamW update of blocks [n, w] in place; where `found` is 1 everything stays as it is.
 
-    weight bf16 with low int16, or float32 (then `low` is the weight itself); m int8 and v uint8 with float32 scales
-    [n, 1]; scalars as `step_scalars` makes them; found 0-d.
+    weight bf16 with low int16, or float32 (then `low` is the weight itself); m int8 and v uint8 codes with float32
+    scales [n, 1] (`encode_moments`); scalars as `step_scalars` makes them; found 0-d.
     """
     lr, shrink, by_scale, by_correction1, by_root_correction2 = scalars.unbind()
     is_split = weight.dtype == torch.bfloat16
     master = join_master(weight, low) if is_split else weight
     gradient = grad.to(torch.float32) * by_scale
-    first = decode(m, m_scale) * BETAS[0] + gradient * (1 - BETAS[0])
-    old_root = decode(v, v_scale)
-    root = (old_root * old_root * BETAS[1] + gradient * gradient * (1 - BETAS[1])).sqrt()
+    first, root = decode_moments(m, v, v_scale)
+    first = first * BETAS[0] + gradient * (1 - BETAS[0])
+    root = (root * root * BETAS[1] + gradient * gradient * (1 - BETAS[1])).sqrt()
     updated = master * shrink - lr * (first * by_correction1) / (root * by_root_correction2 + EPS)
-    new_m, new_m_scale = encode(first, 127.0)
-    new_v, new_v_scale = encode(root, 255.0)
+    new_m, new_v, new_scale = encode_moments(first, root)
     keep = found > 0
     updated = torch.where(keep, master, updated)
     if is_split:
@@ -299,34 +284,39 @@ def update_blocks(
         weight.copy_(updated)
     m.copy_(torch.where(keep, m, new_m.to(torch.int8)))
     v.copy_(torch.where(keep, v, new_v.to(torch.uint8)))
-    m_scale.copy_(torch.where(keep, m_scale, new_m_scale))
-    v_scale.copy_(torch.where(keep, v_scale, new_v_scale))
+    v_scale.copy_(torch.where(keep, v_scale, new_scale))
 
 
-def encode(values: Tensor, levels: float) -> tuple[Tensor, Tensor]:
-    """Codes of values [n, w]: sign(x) sqrt(|x| / scale) * levels, rounded; the scale [n, 1] is the largest |x|."""
-    size = values.abs()
-    scales = size.amax(-1, keepdim=True)
-    codes = (size * (1 / scales.clamp(min=1e-38))).sqrt() * levels
-    return torch.where(values < 0, -codes, codes).round(), scales
+def encode_moments(first: Tensor, root: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of the first moment and of the second one's root, both [n, w], and the roots' scales [n, 1].
+
+    The root, divided by the largest of its block, is coded by its fourth root: small entries keep their relative
+    precision (2% at a hundredth of the largest, where a plain square root has 5%). The first moment is coded as its
+    ratio to the root, evenly in [-RATIO, RATIO]: by Cauchy-Schwarz over both averages, no gradients lead outside,
+    so it needs no scale, and a root rounded to 0 takes its first moment with it: no update can blow up.
+    Roots decay by 2.5% a step at most, less than half a code below 80: rounded to nearest they would stay there. They
+    are rounded up or down in proportion instead, by a hash of their own bits, so that a resumed run repeats itself.
+    """
+    scale = root.amax(-1, keepdim=True)
+    ratio = first / root.clamp(min=1e-30) * (127 / RATIO)
+    roots = (root * (1 / scale.clamp(min=1e-38))).sqrt().sqrt() * 255
+    hashed = (root.view(torch.int32) * -1640531527 >> 16) & 0xFFFF  # Knuth's multiplicative hash
+    dither = (hashed.to(torch.float32) - 32767.5) * (1 / 65536)
+    return ratio.round().clamp(-127, 127), (roots + dither).round().clamp(0, 255), scale
 
 
-def decode(codes: Tensor, scales: Tensor) -> Tensor:
-    """The float32 values of 8-bit codes [n, w] with scales [n, 1]."""
-    wide = codes.to(torch.float32)
-    levels = 127.0 if codes.dtype == torch.int8 else 255.0
-    return wide * wide.abs() * (scales * (1 / levels**2))
+def decode_moments(m: Tensor, v: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(first moment, root of the second moment) in float32 from codes [n, w] and scales [n, 1]."""
+    part = v.to(torch.float32) * (1 / 255)
+    part = part * part
+    root = part * part * scale
+    return m.to(torch.float32) * (RATIO / 127) * root, root
 
 
 def build_schedule(
-    optimizer: torch.optim.Optimizer,
-    total_steps: int,
-    *,
-    max_lr: float,
-    min_lr: float,
-    warmup_ratio: float,
-    decay_ratio: float,
-) -> LambdaLR:
+    optimizer: torch.optim.Optimizer, total_steps: int, *, max_lr: float, min_lr: float,
+    warmup_ratio: float, decay_ratio: float,
+) -> LambdaLR:  # fmt: skip
     """pytorch-optimizer's WSD schedule over optimizer steps, shifted by one: step k (from 1) takes multiplier k.
 
     The library's first multiplier is 0, which would waste the first step; its last is `min_lr`. The cooldown is the
@@ -343,13 +333,7 @@ def wsd_multiplier(total: int, warmup: int, decay: int, floor: float) -> Callabl
 
     decay = min(decay, total - warmup)
     probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    library: Any = get_wsd_schedule(
-        probe,
-        num_warmup_steps=warmup,
-        num_stable_steps=total - warmup - decay,
-        num_decay_steps=decay,
-        min_lr_ratio=floor,
-    )
+    library: Any = get_wsd_schedule(probe, warmup, total - warmup - decay, decay, min_lr_ratio=floor)
 
     def multiplier(step: int) -> float:
         if step >= total:
@@ -390,10 +374,14 @@ def clip_and_step(
 
 
 def gradient_norm(gradients: list[Tensor]) -> Tensor:
-    """Global 2-norm, float32 scalar; of sharded tensors over all ranks."""
+    """Global 2-norm, float32 scalar; of sharded tensors over all ranks. In bf16 each norm would keep only 8 bits."""
     if not gradients:
         return torch.zeros(())
-    total = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    norms: list[Tensor] = []
+    for dtype in dict.fromkeys(g.dtype for g in gradients):  # lists of one dtype take the fused kernel
+        alike = [g for g in gradients if g.dtype == dtype]
+        norms += torch._foreach_norm(alike, 2, dtype=torch.promote_types(dtype, torch.float32))
+    total = torch.linalg.vector_norm(torch.stack(norms))
     total = total.full_tensor() if hasattr(total, "full_tensor") else total
     return total.float()
 
