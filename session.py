@@ -27,7 +27,7 @@ from model_utils import frozen_names
 from plot_metrics import plot_runs
 from run_control import SaveClock, StopSignals, mask_secrets
 from stages import Models, held_out_batches, total_steps
-from text_sources import DataStreamLost
+from text_sources import BadData, DataStreamLost
 from trainer import Progress, Services, Stage, TooManyBadSteps
 from utils import Tracker, format_line, library_versions
 
@@ -112,6 +112,7 @@ class Session:
     def enter(self, stage: Stage) -> None:
         """Begin a stage anew, or put an interrupted one back where it stood."""
         self.tracker.summary({f"{stage.name}/steps": stage.total_steps})
+        stage.loader.stop_requested = lambda: self.signals.stop_requested
         if self.progress.stage != stage.name or not self.trainer_state:
             self.progress.begin(stage.name, stage.total_steps)
             self._align(stage)
@@ -148,7 +149,7 @@ class Session:
             log_interval=args.log_interval,
             eval_interval=args.eval_interval,
             max_bad_steps=args.max_bad_steps,
-            save_before_raising=(TooManyBadSteps, DataStreamLost),
+            save_before_raising=(TooManyBadSteps, DataStreamLost, BadData),
         )
 
     def log_metrics(self, progress: Progress, figures: dict[str, Any]) -> None:

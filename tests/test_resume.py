@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import runs
@@ -45,7 +46,7 @@ def wait_for(log: Path, pattern: str, process: subprocess.Popen, start_at: int =
 
 def weights(folder: Path) -> dict[str, bytes]:
     files = sorted((folder / "final").glob("*.safetensors"))
-    return {name: t.numpy().tobytes() for file in files for name, t in load_file(file).items()}
+    return {name: t.view(torch.uint8).numpy().tobytes() for file in files for name, t in load_file(file).items()}
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +149,19 @@ def test_non_finite_updates_are_skipped_counted_and_end_the_run(tmp_path, tiny_t
     assert "3 optimizer steps in a row" in done.stdout and "--max_lr" in done.stdout
     assert list((tmp_path / "run").glob("checkpoint-*"))
     assert runs.metrics(tmp_path / "run")[-1]["train/bad_steps"] >= 1
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_with_deterministic_kernels_it_resumes_bit_for_bit(tmp_path, tiny_teacher, sources, run_script):
+    options = {**OPTIONS, "device": "cuda:0", "dtype": "bfloat16", "deterministic": True, "no_compile": True}
+    done = run_script("train.py", *runs.flags(tiny_teacher, sources, tmp_path / "whole", **options))
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
+    argv, log = runs.flags(tiny_teacher, sources, tmp_path / "run", **options), tmp_path / "log"
+    log.touch()
+    process = start(argv, log)
+    wait_for(log, r"step 6,", process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert start(argv, log).wait(timeout=200) == 0, log.read_text()[-2000:]
+    assert runs.losses(tmp_path / "run") == runs.losses(tmp_path / "whole")
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
