@@ -13,7 +13,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 LENGTHS = (1, 5, 127, 128, 129, 1000)
 NAMES = ("x", "A_log", "B", "C", "D", "initial_state")
 # H, G, N, P
-HEADS = (4, 2, 8, 16)
+HEADS = (8, 4, 8, 16)
 
 
 @pytest.fixture(autouse=True)
