@@ -4,6 +4,8 @@ import json
 import os
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import runs
 import train
@@ -105,12 +107,11 @@ def test_folder_without_config_or_weights(capsys, tmp_path, tiny_teacher, source
 
 
 def test_another_vocabulary(capsys, tmp_path, tiny_teacher, sources):
-    from models import LlambaConfig
+    from models import LlambaConfig, LlambaForCausalLM
 
     sizes = dict(vocab_size=1024, d_model=64, n_layer=4, mlp_cfg={"intermediate_size": 128})
     ssm = {"n_v_heads": 4, "n_qk_heads": 4, "d_state": 16}
-    LlambaConfig(**sizes, ssm_cfg=ssm).save_pretrained(tmp_path / "student")
-    (tmp_path / "student" / "model.safetensors").write_bytes(b"")
+    LlambaForCausalLM(LlambaConfig(**sizes, ssm_cfg=ssm)).save_pretrained(tmp_path / "student")
     line = complaint(
         capsys, runs.flags(tiny_teacher, sources, tmp_path / "run", student_model=tmp_path / "student")
     )
@@ -119,7 +120,7 @@ def test_another_vocabulary(capsys, tmp_path, tiny_teacher, sources):
 
 def test_another_architecture(capsys, tmp_path, sources):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    (tmp_path / "model.safetensors").write_bytes(b"")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
     line = complaint(capsys, runs.flags(tmp_path, sources, tmp_path / "run"))
     assert "supported are llama, mistral, qwen2, qwen3" in line
 
