@@ -168,12 +168,13 @@ class DistillationStep(nn.Module):
 
     def _head_gradient(self, head: nn.Parameter) -> torch.Tensor | None:
         """The head's float32 gradient, accumulated in place; None leaves it to autograd (tied or distributed)."""
-        tied = head is self.student.backbone.embedding.weight
-        if not (head.requires_grad and self.accumulate_head_in_place) or tied or not torch.is_grad_enabled():
+        if not (head.requires_grad and self.accumulate_head_in_place and torch.is_grad_enabled()):
+            return None
+        if head.grad is None and head.dtype in (torch.bfloat16, torch.float16):
+            head.grad_dtype = torch.float32
+        if head is self.student.backbone.embedding.weight:
             return None
         if head.grad is None:
-            if head.dtype in (torch.bfloat16, torch.float16):
-                head.grad_dtype = torch.float32
             head.grad = torch.zeros_like(head, dtype=torch.promote_types(head.dtype, torch.float32))
         return head.grad
 

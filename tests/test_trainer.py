@@ -130,3 +130,13 @@ def test_looking_ahead_changes_nothing():
         assert progress.loader == {"position": 4}
         results.append(nn.utils.parameters_to_vector(base.parameters()).detach().clone())
     assert torch.equal(*results)
+
+
+def test_a_tied_bf16_heads_gradient_accumulates_in_float32():
+    teacher = make_teacher(TEACHERS["wide heads, biases, tied"]).bfloat16()
+    student = make_student(teacher, [1]).bfloat16()
+    assert student.lm_head.weight is student.backbone.embedding.weight
+    stage = make_stage(teacher, student, [])
+    batches = batches_of(torch.randint(0, 512, (4, 9)), torch.ones(4, 8, dtype=torch.bool), 1)
+    accumulate(stage, [to_device(b, torch.device("cpu"), {}, non_blocking=False) for b in batches], lambda: False)
+    assert student.lm_head.weight.grad.dtype == torch.float32
