@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-# Fields of a teacher's configuration that its attention layers need; the rest follows from the Llamba's own sizes.
+# Fields of a teacher's configuration that its decoder layers need; the rest follows from the Llamba's own sizes.
 ATTENTION_FIELDS = (
     "num_attention_heads",
     "num_key_value_heads",
@@ -18,6 +18,9 @@ ATTENTION_FIELDS = (
     "use_sliding_window",
     "max_window_layers",
     "layer_types",
+    "rms_norm_eps",
+    "hidden_act",
+    "mlp_bias",
 )
 
 
@@ -91,13 +94,13 @@ class LlambaConfig(PreTrainedConfig):
         """The transformers configuration that the attention layers are built from."""
         fields = dict(self.attention_cfg or {})
         config_class: Any = CONFIG_MAPPING[fields.pop("model_type")]
-        return config_class(
-            vocab_size=self.vocab_size,
-            hidden_size=self.d_model,
-            num_hidden_layers=self.n_layer,
-            intermediate_size=self.mlp_cfg["intermediate_size"],
-            hidden_act=self.mlp_cfg["act_fn"],
-            mlp_bias=self.mlp_cfg["bias"],
-            rms_norm_eps=self.norm_epsilon,
-            **fields,
-        )
+        sizes = {
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.d_model,
+            "num_hidden_layers": self.n_layer,
+            "intermediate_size": self.mlp_cfg["intermediate_size"],
+            "hidden_act": self.mlp_cfg["act_fn"],
+            "mlp_bias": self.mlp_cfg["bias"],
+            "rms_norm_eps": self.norm_epsilon,
+        }
+        return config_class(**(sizes | fields))

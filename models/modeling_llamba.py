@@ -1,11 +1,9 @@
 """The Llamba student: Mamba-2 mixers in a Llama's residual stack, with attention at chosen layers.
 
 Shapes: b batch, t time, d d_model, I d_inner, H x-heads, G B/C-heads, P = I / H, N state size, K convolution width.
-A checkpoint carries this file, `configuration_llamba.py` and `state_space.py`, so that it loads anywhere.
+A checkpoint carries this file and those that it imports, so that it loads anywhere.
 """
 
-from collections.abc import Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -14,11 +12,22 @@ from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from .attention import AttentionInputs, attention_module, attention_parts
 from .configuration_llamba import LlambaConfig
 from .state_space import decay_dtype, ssd_chunked, ssd_step
+
+__all__ = [
+    "AttentionInputs",
+    "LlambaBlock",
+    "LlambaForCausalLM",
+    "LlambaMixer",
+    "LlambaModel",
+    "MixerState",
+    "attention_module",
+]
 
 CONV_WIDTH = 4
 
@@ -177,12 +186,13 @@ class LlambaMixer(nn.Module):
                 x, A_log, B, C, self.D, chunk_size=self.chunk_size, resets=resets, initial_state=state
             )
         if cache is not None:
-            cache.update(padded[:, -(CONV_WIDTH - 1) :], state)
+            # A copy: a view would keep the convolution's inputs of the whole prompt alive.
+            cache.update(padded[:, -(CONV_WIDTH - 1) :].clone(), state)
             cache.cumulative_length += u.shape[1]
         return self.out_proj(y.flatten(2) * F.silu(z + self.z_bias.to(z.dtype)))
 
 
-class LlambaBlock(nn.Module):
+class LlambaBlock(GradientCheckpointingLayer):
     """h += mixer(norm(h)); h += mlp(norm(h))."""
 
     def __init__(self, config: LlambaConfig):
@@ -201,66 +211,6 @@ class LlambaBlock(nn.Module):
     ) -> Tensor:
         hidden = hidden + self.mixer(self.input_layernorm(hidden), resets, attention_mask, cache)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
-
-
-def attention_module(model_type: str) -> Any:
-    """transformers' modelling module of an architecture: its decoder layer and rotary embedding are used as is."""
-    return import_module(f"transformers.models.{model_type}.modeling_{model_type}")
-
-
-def attention_parts(model_type: str) -> tuple[type[nn.Module], type[nn.Module]]:
-    """(decoder layer class, rotary embedding class) of `attention_cfg["model_type"]`."""
-    module, prefix = attention_module(model_type), model_type.capitalize()
-    return getattr(module, f"{prefix}DecoderLayer"), getattr(module, f"{prefix}RotaryEmbedding")
-
-
-class AttentionInputs:
-    """Positions, rotary embedding and masks of a forward pass, shared by transformers' decoder layers.
-
-    hidden [b, t, d]; position_ids [b, t] or None for one document from the cache's end on. Only given positions are
-    searched for packed documents: transformers asks the device whether there are any, and the CPU waits for that.
-    """
-
-    def __init__(
-        self,
-        config: Any,
-        rotary_emb: Any,
-        hidden: Tensor,
-        position_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        cache: Cache | None = None,
-        layers: Sequence[int] = (0,),
-    ):
-        self.config = config
-        makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-        self.masks = {
-            kind: makers[kind](
-                config=config,
-                inputs_embeds=hidden,
-                attention_mask=attention_mask,
-                past_key_values=cache,
-                position_ids=position_ids,
-                layer_idx=layers[0],
-            )
-            for kind in {self.mask_type(index) for index in layers}
-        }
-        if position_ids is None:
-            seen = cache.get_seq_length(layers[0]) if cache is not None else 0
-            position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen)[None]
-        self.position_ids = position_ids
-        self.rotary = rotary_emb(hidden, position_ids=position_ids)
-
-    def mask_type(self, index: int) -> str:
-        """`full_attention` or `sliding_attention`, as the architecture's own model chooses for a layer."""
-        types = getattr(self.config, "layer_types", None)
-        if types:
-            return types[index]
-        return "sliding_attention" if getattr(self.config, "sliding_window", None) else "full_attention"
-
-    def for_layer(self, index: int) -> dict[str, Any]:
-        """Arguments of a decoder layer's forward."""
-        mask = self.masks[self.mask_type(index)]
-        return {"attention_mask": mask, "position_ids": self.position_ids, "position_embeddings": self.rotary}
 
 
 class LlambaPreTrainedModel(PreTrainedModel):

@@ -1,0 +1,160 @@
+"""The state-space operator alone: times, memory and errors, compiled and eager, for several chunk sizes.
+
+python benchmarks/ssd.py [--length 4096] [--heads 32] [--groups 32] [--state 64] [--width 128] [--chunks 64 128 256]
+                         [--operator FILE] [--profile] [--json FILE]
+
+Times are medians after warm-up, by CUDA events on a GPU and by the clock elsewhere. On a GPU each is taken twice:
+with the host far ahead of the device, as in the midst of a training step (forward_ms, both_ms), and from an idle
+device, where a chain of short kernels also waits for the host to launch them (.._from_idle_ms). Errors are relative,
+against the same operator in float64 (which tests/test_state_space.py holds against the recurrence), the worst of the
+output and of the five gradients. `--operator` measures another file's `ssd_chunked` beside ours.
+"""
+
+import argparse
+import importlib.util
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+
+from benchmarks.profiling import kernel_table
+from models import state_space
+
+HEAD_START = 20_000_000  # clock ticks that the device sleeps while the host queues a run: about 10 ms
+
+
+def milliseconds(run: Callable[[], Any], cuda: bool, repeats: int, ahead: bool = False, warmup: int = 4) -> float:
+    """Median time of `run` in ms; ahead: all of it is queued before the device starts on it."""
+    for _ in range(warmup):
+        run()
+    times = []
+    for _ in range(repeats):
+        if cuda:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            if ahead:
+                torch.cuda._sleep(HEAD_START)
+            start.record()
+            run()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end))
+        else:
+            began = time.perf_counter()
+            run()
+            times.append(1000 * (time.perf_counter() - began))
+    return statistics.median(times)
+
+
+def relative_error(given: Tensor, wanted: Tensor) -> float:
+    return ((given.double() - wanted).norm() / wanted.norm()).item()
+
+
+def make_inputs(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """Random x, A_log, B, C, D that need gradients, and the gradient of y."""
+    b, t, H, G, N, P = args.batch, args.length, args.heads, args.groups, args.state, args.width
+    shapes = ((b, t, H, P), (b, t, H), (b, t, G, N), (b, t, G, N), (H,))
+    inputs = [torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes]
+    return inputs, torch.randn(shapes[0], device=device).to(dtype)
+
+
+def results(operator: Callable[..., Any], inputs: list[Tensor], upstream: Tensor, chunk: int) -> list[Tensor]:
+    """y and the gradients of x, A_log, B, C, D."""
+    y = operator(*inputs, chunk_size=chunk)[0]
+    return [y.detach(), *torch.autograd.grad(y, inputs, upstream)]
+
+
+def saved_gib(operator: Callable[..., Any], inputs: list[Tensor], chunk: int) -> float:
+    """Memory held between forward and backward pass beyond inputs, in GiB (CUDA's allocator)."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    y = operator(*inputs, chunk_size=chunk)[0]
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated() - before
+    del y
+    return held / 2**30
+
+
+def operators(other: Path | None) -> dict[str, Callable[..., Any]]:
+    """Ours and, where one is named, another file's, each eager and compiled."""
+    found: dict[str, Callable[..., Any]] = {"ours": state_space.ssd_chunked}
+    if other is not None:
+        spec = importlib.util.spec_from_file_location(other.stem, other)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[other.stem] = module  # the compiler looks functions up by their module's name
+        spec.loader.exec_module(module)
+        found[other.stem] = module.ssd_chunked
+    ways = {}
+    for name, function in found.items():
+        ways[f"{name}, eager"] = function
+        ways[f"{name}, compiled"] = torch.compile(function, dynamic=False)
+    return ways
+
+
+def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """One row a way and chunk size, printed as it comes."""
+    dtype = getattr(torch, args.dtype)
+    cuda = device.type == "cuda"
+    inputs, upstream = make_inputs(args, device, dtype)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    wanted = results(state_space.ssd_chunked, exact, upstream.double(), 128)
+    del exact
+    rows = []
+    for name, operator in operators(args.operator).items():
+        for chunk in args.chunks:
+            given = results(operator, inputs, upstream, chunk)
+            error = max(relative_error(a, b) for a, b in zip(given, wanted, strict=True))
+            del given
+
+            def forward(operator: Any = operator, chunk: int = chunk) -> None:
+                with torch.no_grad():
+                    operator(*inputs, chunk_size=chunk)
+
+            def both(operator: Any = operator, chunk: int = chunk) -> None:
+                results(operator, inputs, upstream, chunk)
+
+            row: dict[str, Any] = {"way": name, "chunk": chunk, "error": error}
+            row["forward_ms"] = milliseconds(forward, cuda, args.repeats, ahead=True)
+            row["both_ms"] = milliseconds(both, cuda, args.repeats, ahead=True)
+            if cuda:
+                row["forward_from_idle_ms"] = milliseconds(forward, cuda, args.repeats)
+                row["both_from_idle_ms"] = milliseconds(both, cuda, args.repeats)
+                row["saved_gib"] = saved_gib(operator, inputs, chunk)
+            shown = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items())
+            print("  ".join(shown), flush=True)
+            rows.append(row)
+            if args.profile and "compiled" in name:
+                print(kernel_table(both, cuda), flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = {"batch": 1, "length": 4096, "heads": 32, "groups": 32, "state": 64, "width": 128}
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--chunks", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--operator", type=Path, help="a file with another ssd_chunked")
+    parser.add_argument("--profile", action="store_true", help="kernels of forward and backward, compiled")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    print(torch.cuda.get_device_name() if device.type == "cuda" else "CPU", torch.__version__, args.dtype)
+    rows = measure(args, device)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
