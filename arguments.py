@@ -25,12 +25,12 @@ class Parser(argparse.ArgumentParser):
     """Reports a wrong flag in exactly one line, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message}", file=sys.stderr)
+        print("error: " + message.replace("\n", "\\n").replace("\r", "\\r"), file=sys.stderr)
         raise SystemExit(2)
 
 
-def whole(minimum: int):
-    """A parser of whole numbers of at least `minimum`, whose complaint says so."""
+def whole(minimum: int, maximum: int = 2**63 - 1):
+    """A parser of whole numbers from `minimum` to `maximum` (int64's by default), whose complaint says so."""
 
     def parse(text: str) -> int:
         try:
@@ -39,6 +39,8 @@ def whole(minimum: int):
             value = minimum - 1
         if value < minimum:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
+        if value > maximum:
+            raise argparse.ArgumentTypeError(f"{text!r} is above {maximum}, the largest that is possible")
         return value
 
     return parse
@@ -63,8 +65,8 @@ def real(minimum: float, *, above: bool = False, maximum: float = math.inf):
 
 
 def device(text: str) -> str:
-    """`cpu`, `cuda` or `cuda:N`."""
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+    """`cpu`, `cuda` or `cuda:N`; N has at most two digits, since torch keeps it in 8 bits and wraps round."""
+    if not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]?))?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a device; use cpu, cuda or cuda:N")
     return "cuda:0" if text == "cuda" else text
 
@@ -185,7 +187,7 @@ def build_parser() -> Parser:
 
     add = parser.add_argument_group("logging").add_argument
     add("--log_interval", type=whole(1), default=1, help="optimizer steps a log line")
-    add("--log_file", default=None, help="file for the log, beside the terminal")
+    add("--log_file", type=os.path.expanduser, default=None, help="file for the log, beside the terminal")
     add("--wandb", action="store_true", help="report to Weights & Biases")
     add("--wandb_project", default="llamba-distill", help="W&B project")
     add("--wandb_run_name", default=None, help="W&B run name")
@@ -198,7 +200,12 @@ def build_parser() -> Parser:
     add("--eval_tokens", type=whole(1), default=100_000, help="tokens an evaluation")
 
     add = parser.add_argument_group("checkpoints").add_argument
-    add("--output_dir", default="distilled_llamba", help="folder of checkpoints, metrics and plots")
+    add(
+        "--output_dir",
+        type=os.path.expanduser,
+        default="distilled_llamba",
+        help="folder of checkpoints, metrics and plots",
+    )
     add("--save_interval", type=whole(1), default=1_000_000, help="micro steps between checkpoints")
     add("--save_minutes", type=real(0), default=30.0, help="minutes between checkpoints; 0: off")
     add("--keep_checkpoints", type=whole(1), default=2, help="checkpoints to keep; final is never pruned")
@@ -247,6 +254,8 @@ def validate(args: argparse.Namespace) -> None:
         check_folder_writable("--log_file", Path(args.log_file).parent)
         if Path(args.log_file).is_dir():
             raise UserError(f"--log_file {args.log_file} is a folder; name a file")
+        if Path(args.log_file).exists() and not os.access(args.log_file, os.W_OK):
+            raise UserError(f"--log_file {args.log_file} cannot be written; name another file")
 
 
 def _check_packages(args: argparse.Namespace) -> None:
@@ -262,8 +271,8 @@ def _check_packages(args: argparse.Namespace) -> None:
 
 
 def wandb_login() -> bool:
-    """True if W&B has a key: WANDB_API_KEY, or an entry for its host in the netrc file."""
-    if os.environ.get("WANDB_API_KEY"):
+    """True if W&B can log in: by WANDB_API_KEY, by an identity token, or by its host's entry in the netrc file."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = re.sub(r"^https?://", "", os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).split("/")[0]
     try:
@@ -275,11 +284,13 @@ def wandb_login() -> bool:
 def check_folder_writable(flag: str, folder: Path) -> None:
     """Raise a `UserError` unless files can be made in `folder`, which need not exist; leaves nothing behind."""
     existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        raise UserError(f"{flag} {folder}: {existing} is a file, not a folder")
     try:
+        while not existing.exists():
+            if existing.is_symlink():
+                raise UserError(f"{flag} {folder}: {existing} is a link to a folder that is not there")
+            existing = existing.parent
+        if not existing.is_dir():
+            raise UserError(f"{flag} {folder}: {existing} is a file, not a folder")
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:

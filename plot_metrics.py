@@ -12,42 +12,53 @@ from pathlib import Path
 from typing import Any
 
 PANELS = (
-    ("train/loss", "loss (nats a token)", "linear"),
-    ("train/kl", "KL(teacher || student)", "log"),
+    ("train/loss", "loss (each stage its own)", "log"),
+    ("train/kl", "KL(teacher || student), nats a token", "log"),
     ("train/top1_agreement", "top-1 agreement", "linear"),
     ("train/grad_norm", "gradient norm", "log"),
     ("train/lr", "learning rate", "linear"),
     ("train/tokens_per_second", "tokens/s", "linear"),
-    ("eval/kl", "held-out KL", "log"),
+    ("eval/kl", "held-out KL, nats a token", "log"),
+    ("eval/top1_agreement", "held-out top-1 agreement", "linear"),
     ("eval/perplexity_ratio", "held-out perplexity ratio", "linear"),
     ("data/wait_seconds", "waiting for data (s a step)", "linear"),
 )
-SMOOTHING_POINTS = 100  # a run with more points than this also gets a running mean
+SMOOTHING_POINTS = 100  # a line with more points than this also gets a running mean
+Line = tuple[list[float], list[float]]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl file or of a run's folder; a last line that was cut off is passed over."""
+    """The rows of a metrics.jsonl file or of a run's folder.
+
+    A line that was cut off, by a kill at the end or by a full disk in the middle, is passed over.
+    """
     file = path / "metrics.jsonl" if path.is_dir() else path
     rows = []
-    lines = file.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
-            if number != len(lines):
-                raise ValueError(f"{file}:{number} is not JSON") from None
+            continue
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
     return rows
 
 
-def series(rows: Sequence[dict[str, Any]], name: str, x: str) -> tuple[list[float], list[float]]:
-    """(x, y) of a metric; an evaluation takes the tokens of the training row before it."""
-    tokens, xs, ys = 0.0, [], []
+def series(rows: Sequence[dict[str, Any]], name: str, x: str) -> list[Line]:
+    """Lines (x, y) of a metric; an evaluation takes the tokens of the training row before it.
+
+    A training metric breaks where a stage begins: the stages' losses are different quantities.
+    """
+    tokens, lines = 0.0, [([], [])]  # type: float, list[Line]
     for row in rows:
         tokens = row.get("train/tokens") or tokens
-        if isinstance(row.get(name), int | float):
-            xs.append(float(row["step"] if x == "step" else tokens))
-            ys.append(float(row[name]))
-    return xs, ys
+        if "stage_begins" in row and name.startswith("train/") and lines[-1][0]:
+            lines.append(([], []))
+        value = row.get(name)
+        if isinstance(value, int | float) and math.isfinite(value):
+            lines[-1][0].append(float(row["step"] if x == "step" else tokens))
+            lines[-1][1].append(float(value))
+    return [line for line in lines if line[0]]
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
@@ -66,53 +77,89 @@ def plot_runs(files: Sequence[Path], output: Path, *, x: str = "step") -> Path:
     import matplotlib.pyplot as plt
 
     runs = {path.resolve(): read_metrics(path) for path in files}
-    shown = [panel for panel in PANELS if any(series(rows, panel[0], x)[0] for rows in runs.values())]
+    labels = run_labels(list(runs))
+    shown = [panel for panel in PANELS if any(series(rows, panel[0], x) for rows in runs.values())]
     if not shown:
         raise ValueError("no metrics to draw")
     columns = min(3, len(shown))
-    lines = math.ceil(len(shown) / columns)
+    height = math.ceil(len(shown) / columns)
     figure, axes = plt.subplots(
-        lines, columns, figsize=(4.6 * columns, 3.1 * lines), squeeze=False, layout="constrained"
+        height, columns, figsize=(4.6 * columns, 3.1 * height), squeeze=False, layout="constrained", sharex=True
     )
     for axis, (name, title, scale) in zip(axes.flat, shown):
-        for number, (path, rows) in enumerate(runs.items()):
-            draw_series(axis, *series(rows, name, x), f"C{number}", run_label(path))
-            draw_stages(axis, rows, x)
-        positive = all(y > 0 for rows in runs.values() for y in series(rows, name, x)[1])
-        axis.set(title=title, xlabel="tokens" if x == "tokens" else "optimizer step")
-        axis.set_yscale(scale if positive else "linear")
-        axis.grid(alpha=0.25)
+        for number, (rows, label) in enumerate(zip(runs.values(), labels)):
+            draw_lines(axis, series(rows, name, x), f"C{number}", label, smooth=name != "train/lr")
+            draw_stages(axis, rows, x, f"C{number}" if len(runs) > 1 else "gray", named=len(runs) == 1)
+        dress(axis, title, scale, x)
     for axis in axes.flat[len(shown) :]:
         axis.set_visible(False)
     if len(runs) > 1:
-        axes.flat[0].legend(fontsize="small")
+        figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(output, dpi=110)
     plt.close(figure)
     return output
 
 
-def draw_series(axis: Any, xs: list[float], ys: list[float], colour: str, label: str) -> None:
-    """One line, with a running mean over it where there are many points."""
-    many = len(ys) > SMOOTHING_POINTS
-    marker = "o" if len(ys) < 3 else None
-    axis.plot(xs, ys, color=colour, alpha=0.3 if many else 1.0, marker=marker, label=None if many else label)
-    if many:
-        axis.plot(xs, running_mean(ys, len(ys) // 40), color=colour, label=label)
+def dress(axis: Any, title: str, scale: str, x: str) -> None:
+    """Title, grid and scales; a logarithm only for positive values over a wide range, its ticks in plain numbers."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter, StrMethodFormatter
+
+    axis.set_title(title, fontsize="medium")
+    axis.set_xlabel("tokens" if x == "tokens" else "optimizer step")
+    axis.tick_params(labelbottom=True)
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.grid(alpha=0.25)
+    values = [y for line in axis.lines if line.get_gid() == "metric" for y in line.get_ydata()]
+    if scale == "log" and values and min(values) > 0 and max(values) > 4 * min(values):
+        axis.set_yscale("log")
+        if max(values) / min(values) < 1000:
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        formatter = ScalarFormatter(useOffset=False)
+        formatter.set_powerlimits((-3, 5))
+        axis.yaxis.set_major_formatter(formatter)
 
 
-def draw_stages(axis: Any, rows: Sequence[dict[str, Any]], x: str) -> None:
-    """A dotted line where a stage after the first begins."""
+def draw_lines(axis: Any, lines: list[Line], colour: str, label: str, *, smooth: bool) -> None:
+    """A metric of one run, with a running mean over it where a line has many points."""
+    for xs, ys in lines:
+        many = smooth and len(ys) > SMOOTHING_POINTS
+        marker = "o" if len(ys) < 3 else None
+        axis.plot(xs, ys, color=colour, alpha=0.3 if many else 1.0, marker=marker, gid="metric")
+        if many:
+            axis.plot(xs, running_mean(ys, len(ys) // 40), color=colour)
+    if lines:
+        axis.plot([], [], color=colour, label=label)
+
+
+def draw_stages(axis: Any, rows: Sequence[dict[str, Any]], x: str, colour: str, *, named: bool) -> None:
+    """A dotted line where a stage after the first begins, and with `named` each stage's name beside it."""
     tokens, begun = 0.0, 0
     for row in rows:
         tokens = row.get("train/tokens") or tokens
-        if "stage_begins" in row:
-            begun += 1
-            if begun > 1:
-                axis.axvline(row["step"] if x == "step" else tokens, color="gray", linestyle=":", linewidth=1)
+        if "stage_begins" not in row:
+            continue
+        place = row["step"] if x == "step" else tokens
+        if begun:
+            axis.axvline(place, color=colour, linestyle=":", linewidth=1)
+        if named:
+            axis.annotate(
+                f" {row['stage_begins']}", (place, 1.0), xycoords=("data", "axes fraction"), va="top",
+                fontsize="x-small", color="gray",
+            )  # fmt: skip
+        begun += 1
 
 
-def run_label(path: Path) -> str:
-    return (path.parent if path.is_file() else path).name
+def run_labels(paths: Sequence[Path]) -> list[str]:
+    """The runs' folder names, with as many folders above as it takes to tell them apart."""
+    folders = [path.parent if path.is_file() else path for path in paths]
+    for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
+        labels = ["/".join(folder.parts[-depth:]) for folder in folders]
+        if len(set(labels)) == len(labels):
+            break
+    return labels
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,9 +18,21 @@ from run_control import MaskingFilter
 log = logging.getLogger(__name__)
 
 
+class BarAwareHandler(logging.StreamHandler):
+    """Takes a progress bar off the terminal while a line is written, so that neither lands in the other."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        bars = sys.modules.get("tqdm")  # not imported: there is no bar
+        if bars is None or not sys.stderr.isatty():
+            super().emit(record)
+            return
+        with bars.tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
+
+
 def setup_logging(log_file: str | None, *, main_process: bool = True) -> None:
     """Time-stamped, flushed lines on stdout and in `log_file`; other ranks than the first only warn."""
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    handlers: list[logging.Handler] = [BarAwareHandler(sys.stdout)]
     if log_file and main_process:
         Path(log_file).expanduser().parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(Path(log_file).expanduser()))
@@ -126,7 +138,9 @@ class ProgressBar:
 
         if self.bar is None or self.bar.desc != figures["stage"]:
             self.close()
-            self.bar = tqdm(desc=figures["stage"], total=figures["stage_total"], unit="step", dynamic_ncols=True)
+            # the rate counts from where this process began, which on resume is not the stage's start
+            done, total = max(0, figures["stage_step"] - 1), figures["stage_total"]
+            self.bar = tqdm(desc=figures["stage"], initial=done, total=total, unit="step", dynamic_ncols=True)
         self.bar.n = figures["stage_step"]
         self.bar.refresh()
 
@@ -156,10 +170,14 @@ class Tracker:
         self.main_process = main_process
         self.bar = ProgressBar(None if main_process else False)
         self.wandb: Any = None
+        self.writable, self.last_mark = True, ("", -1)
         if main_process:
             output_dir.mkdir(parents=True, exist_ok=True)
         if wandb_enabled and main_process:
-            self.wandb = start_wandb(output_dir, config or {}, project, run_name, entity, mode, run_id)
+            try:
+                self.wandb = start_wandb(output_dir, config or {}, project, run_name, entity, mode, run_id)
+            except Exception as error:  # as in _wandb: no service is worth the run
+                log.warning("W&B did not start: %s: %s; figures go to %s", type(error).__name__, error, self.path)
         self.run_id = self.wandb.id if self.wandb is not None else run_id
 
     def log(self, figures: dict[str, Any], *, step: int) -> None:
@@ -171,8 +189,11 @@ class Tracker:
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(clean) + "\n")
+            self.writable = True
         except OSError as error:
-            log.warning("metrics.jsonl could not be written: %s", error)
+            if self.writable:  # a full disk is told once, not at every step
+                log.warning("metrics.jsonl could not be written: %s", error)
+            self.writable = False
         if "stage_step" in figures:
             self.bar.show(figures)
         shown = {k: v for k, v in figures.items() if "/" in k}
@@ -183,18 +204,26 @@ class Tracker:
         if not self.main_process or not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        self.last_mark = ("", -1)
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                if json.loads(line).get("step", 0) <= step:
-                    kept.append(line + "\n")
+                row = json.loads(line)
             except ValueError:
                 log.warning("metrics.jsonl: a line that was cut off is dropped")
+                continue
+            if row.get("step", 0) <= step:
+                kept.append(line + "\n")
+                if "stage_begins" in row:
+                    self.last_mark = (row["stage_begins"], row["step"])
         draft = self.path.with_suffix(".tmp")
         draft.write_text("".join(kept), encoding="utf-8")
         os.replace(draft, self.path)
 
     def mark_stage(self, stage: str, step: int) -> None:
-        """Note where a stage begins."""
+        """Note where a stage begins, once: a run killed just after the mark comes back to the same step."""
+        if self.last_mark == (stage, step):
+            return
+        self.last_mark = (stage, step)
         self.log({"stage_begins": stage, "stage": stage}, step=step)
         self._wandb(lambda run: run.summary.update({f"{stage}/first_step": step}))
 

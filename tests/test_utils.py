@@ -1,0 +1,151 @@
+"""Environment and tracking: devices, bars beside log lines, stage marks on resume, a W&B that fails."""
+
+import fcntl
+import json
+import logging
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+
+import pytest
+import torch
+
+from arguments import UserError
+from conftest import ROOT
+from plot_metrics import read_metrics
+from utils import Tracker, check_device, library_versions
+
+
+def test_devices():
+    assert check_device("cpu") == torch.device("cpu")
+    absent = f"cuda:{torch.cuda.device_count() + 1}"
+    with pytest.raises(UserError, match=f"--device {absent}: this machine has no such CUDA device"):
+        check_device(absent)
+
+
+def test_versions_name_what_a_result_depends_on():
+    versions = library_versions()
+    assert versions["torch"] == torch.__version__ and versions["python"].startswith("3.")
+
+
+def test_a_stage_is_marked_once_when_a_run_resumes_at_its_start(tmp_path):
+    tracker = Tracker(tmp_path)
+    tracker.mark_stage("stage1", 0)
+    tracker.log({"train/loss": 1.0}, step=1)
+    tracker.mark_stage("stage2", 1)
+    whole = read_metrics(tmp_path)
+    tracker.log({"train/loss": 0.9}, step=2)
+    resumed = Tracker(tmp_path)
+    resumed.truncate_after(1)
+    resumed.mark_stage("stage2", 1)
+    assert read_metrics(tmp_path) == whole
+    resumed.truncate_after(0)
+    resumed.mark_stage("stage2", 1)
+    assert [row["stage_begins"] for row in read_metrics(tmp_path)] == ["stage1", "stage2"]
+
+
+def test_torn_bytes_do_not_stop_a_resume(tmp_path):
+    tracker = Tracker(tmp_path)
+    tracker.log({"train/loss": 1.0}, step=1)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 2, \xff\xfe\x00')
+    tracker.truncate_after(5)
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1]
+
+
+def test_a_full_disk_is_told_once_until_it_is_over(tmp_path, caplog):
+    tracker = Tracker(tmp_path)
+    path, tracker.path = tracker.path, tmp_path / "none" / "metrics.jsonl"
+    for step in (1, 2, 3):
+        tracker.log({"train/loss": 1.0}, step=step)
+    assert len(caplog.records) == 1
+    tracker.path = path
+    tracker.log({"train/loss": 1.0}, step=4)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [4] and tracker.writable
+
+
+def test_wandb_that_does_not_start_or_breaks_is_one_warning(tmp_path, caplog, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def fail(*_, **__):
+        raise wandb.errors.CommError("no network")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    tracker = Tracker(tmp_path, wandb_enabled=True, run_id="kept")
+    assert "W&B did not start" in caplog.text and tracker.run_id == "kept"
+    tracker.log({"train/loss": 1.0}, step=1)
+    tracker.wandb = type("Run", (), {"log": fail})()
+    tracker.log({"train/loss": 1.0}, step=2)
+    tracker.log({"train/loss": 1.0}, step=3)
+    assert len(caplog.records) == 2 and len(read_metrics(tmp_path)) == 3
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    tracker = Tracker(tmp_path / "run", main_process=False)
+    tracker.log({"train/loss": 1.0}, step=1)
+    tracker.mark_stage("stage1", 1)
+    tracker.close()
+    assert not (tmp_path / "run").exists()
+
+
+SCRIPT = """
+import sys, logging
+sys.path.insert(0, {root!r})
+from utils import ProgressBar, setup_logging
+setup_logging({log!r})
+bar = ProgressBar()
+for step in (5, 6, 7):
+    logging.info("line %d", step)
+    bar.show({{"stage": "stage1", "stage_step": step, "stage_total": 9}})
+bar.close()
+"""
+
+
+def lines_of(output: str) -> list[str]:
+    return [line.split("\r")[-1] for line in output.replace("\r\n", "\n").split("\n")]
+
+
+def test_a_terminal_shows_whole_lines_beside_the_bar_and_a_log_shows_no_bar(tmp_path):
+    command = [sys.executable, "-c", SCRIPT.format(root=str(ROOT), log=str(tmp_path / "log"))]
+    plain = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert plain.stderr == "" and [line[-6:] for line in plain.stdout.splitlines()] == ["line 5", "line 6", "line 7"]
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # a bar needs columns
+    process = subprocess.Popen(command, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    output = b""
+    while True:
+        try:
+            piece = os.read(ours, 65536)
+        except OSError:  # the terminal's other end is closed
+            break
+        if not piece:
+            break
+        output += piece
+    os.close(ours)
+    assert process.wait() == 0
+    text = output.decode()
+    assert "stage1" in text and "7/9" in text
+    shown = [line for line in lines_of(text) if "line " in line]
+    assert len(shown) == 3 and all("stage1" not in line for line in shown), shown
+    kept = (tmp_path / "log").read_text()  # appended to: three lines of each run
+    assert kept.count("\n") == 6 and "stage1" not in kept
+
+
+def test_a_secret_in_a_log_line_is_masked(tmp_path, capsys):
+    from utils import setup_logging
+
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    try:
+        setup_logging(str(tmp_path / "log"))
+        logging.getLogger("x").info("key %s", "hf_" + "a" * 30)
+    finally:
+        for handler in set(root.handlers) - set(before):
+            handler.close()
+        root.handlers[:] = before
+        root.setLevel(level)
+    assert "a" * 30 not in (tmp_path / "log").read_text() + capsys.readouterr().out
