@@ -16,12 +16,13 @@ close to un-decayed linear attention and finite:
 import logging
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from models import LlambaConfig, LlambaForCausalLM
+from models.modeling_llamba import AttentionInputs
 
 log = logging.getLogger(__name__)
 
@@ -62,9 +63,7 @@ def student_config(teacher: Any) -> LlambaConfig:
     )
 
 
-def student_from_teacher(
-    teacher: Any, *, dtype: torch.dtype, device: torch.device | str
-) -> LlambaForCausalLM:
+def student_from_teacher(teacher: Any, *, dtype: torch.dtype, device: torch.device | str) -> LlambaForCausalLM:
     """A student of the teacher's sizes with every mixer started from the teacher's attention of that layer."""
     with torch.device(device):
         student: Any = LlambaForCausalLM(student_config(teacher.config))
@@ -106,30 +105,36 @@ def start_mixer(mixer: Any, attention: Any, config: Any) -> None:
     mixer.out_proj.weight.copy_(attention.o_proj.weight)
 
 
-def attention_inputs_and_outputs(
-    teacher: Any, tokens: torch.Tensor
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """(layer, normalised input, attention output) of every layer for tokens [b, t]; both tensors [b, t, d_model].
+@dataclass
+class LayerVisit:
+    """One teacher layer on the way through: its attention, what went in and what came out."""
 
-    The teacher runs once with hooks; what is kept is one layer's pair at a time only on the caller's side, since
-    all pairs are collected first: use a few short sequences.
+    index: int
+    attention: Any
+    u: torch.Tensor  # [b, t, d], the normalised input
+    attended: torch.Tensor  # [b, t, d]
+    options: dict[str, Any]  # what else the attention was given: positions, rotary embedding, mask
+
+
+def visit_layers(teacher: Any, inputs: torch.Tensor, positions: torch.Tensor | None = None) -> Iterator[LayerVisit]:
+    """Walk through a teacher's backbone layer by layer, without gradients; one layer's tensors at a time.
+
+    inputs int64 [b, t]; positions [b, t] restart at each document. The next layer runs when the caller asks for it.
+    The layers' parts are called one by one: all supported architectures are pre-norm, attention then MLP.
     """
-    kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    handles = []
-    for index, layer in enumerate(teacher.model.layers):
-
-        def keep(module: nn.Module, args: Any, kwargs: Any, output: Any, index: int = index) -> None:
-            kept[index] = (kwargs["hidden_states"].detach(), output[0].detach())
-
-        handles.append(layer.self_attn.register_forward_hook(keep, with_kwargs=True))
-    try:
+    with torch.no_grad():
+        hidden = teacher.embed_tokens(inputs)
+        layers = range(len(teacher.layers))
+        shared = AttentionInputs(teacher.config, teacher.rotary_emb, hidden, positions, layers=layers)
+    for index, layer in enumerate(teacher.layers):
+        options = shared.for_layer(index)
         with torch.no_grad():
-            teacher.model(tokens, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for index in sorted(kept):
-        yield index, *kept[index]
+            u = layer.input_layernorm(hidden)
+            attended = layer.self_attn(hidden_states=u, past_key_values=None, **options)[0]
+        yield LayerVisit(index, layer.self_attn, u, attended, options)
+        with torch.no_grad():
+            hidden = hidden + attended
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
 
 @torch.no_grad()
@@ -146,7 +151,8 @@ def calibrate_mixers(
     """
     target = math.log(math.expm1(math.log(2.0) / half_life))
     errors: dict[int, float] = {}
-    for index, inputs, outputs in attention_inputs_and_outputs(teacher, tokens):
+    for visit in visit_layers(teacher.model, tokens):
+        index, inputs, outputs = visit.index, visit.u, visit.attended
         if index in student.config.attention_layers:
             continue
         mixer = student.backbone.layers[index].mixer

@@ -3,7 +3,7 @@
 Both walk through the teacher layer by layer. Every mixer sees the teacher's own layer input, so layers are
 independent: one layer's loss is back-propagated before the next layer runs, and only one layer's activations are
 alive at a time. Losses are sums over tokens, divided by sizes that are measured once, on the stage's first
-sequences (`Sizes`), so that 1 x 8 and 2 x 4 (batch x accumulation) have the same gradients.
+sequences, so that 1 x 8 and 2 x 4 (batch x accumulation) have the same gradients.
 
 * "matrix": rows of the mixer's sequence-mixing matrix (from C, B and the decays; no D, no convolution of x) against
   rows of the attention matrix, squared distance over the mean squared norm of a head's rows, mean over heads.
@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from acceleration import compiles_here
+from initialization import visit_layers
 from models import LlambaForCausalLM
-from models.modeling_llamba import AttentionInputs, attention_module
+from models.modeling_llamba import attention_module
 from models.state_space import decay_dtype, ssd_matrix
 from trainer import DeviceBatch, Sums
 
@@ -39,63 +41,50 @@ class AlignmentStep:
         tokens: Tensor,
         *,
         autocast: torch.dtype | None = None,
+        compile: bool = False,
     ):
         """`tokens` int64 [b, t]: a few sequences of the stage's own text, to measure the attention's sizes on."""
+        self.target = {"matrix": attention_matrix, "hidden": attention_output}[kind]
+        size = {"matrix": matrix_size, "hidden": hidden_size}[kind]
         self.loss: Callable[..., tuple[Tensor, Tensor]] = {"matrix": matrix_loss, "hidden": hidden_loss}[kind]
-        self.size = {"matrix": matrix_size, "hidden": hidden_size}[kind]
         self.teacher, self.student, self.autocast = teacher.model, student, autocast
         layers: Any = student.backbone.layers
         self.mixers: dict[int, Any] = {i: layer.mixer for i, layer in enumerate(layers) if hasattr(layer, "mixer")}
-        self.sizes: dict[int, Tensor] = {}
-        for index, attention, u, attended, options in self._walk(tokens, None):
-            if index in self.mixers:
-                device = self.mixers[index].D.device
-                self.sizes[index] = self.size(attention, u, attended, options).to(device)
+        self.untried = compile
+        parts: dict[int, list[Tensor]] = {index: [] for index in self.mixers}
+        for rows in tokens.split(1):
+            for index, _, target in self._walk(rows, None):
+                parts[index].append(size(target))
+        self.sizes = {i: torch.stack(found).mean(0).to(self.mixers[i].D.device) for i, found in parts.items()}
 
-    def _walk(self, inputs: Tensor, positions: Tensor | None) -> Iterator[tuple[int, Any, Tensor, Tensor, Any]]:
-        """(layer, attention module, its input u, its output, its options) of every teacher layer in turn."""
-        teacher = self.teacher
-        device = teacher.embed_tokens.weight.device
+    def _walk(self, inputs: Tensor, positions: Tensor | None) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(layer, its attention's input u, what its mixer is to match) of every layer that has a mixer, in turn."""
+        device = self.teacher.embed_tokens.weight.device
         positions = None if positions is None else positions.to(device)
-        with torch.no_grad():
-            hidden = teacher.embed_tokens(inputs.to(device))
-            layers = range(len(teacher.layers))
-            shared = AttentionInputs(teacher.config, teacher.rotary_emb, hidden, positions, layers=layers)
-        for index, layer in enumerate(teacher.layers):
-            options = shared.for_layer(index)
-            with torch.no_grad():
-                u = layer.input_layernorm(hidden)
-                attended = layer.self_attn(hidden_states=u, past_key_values=None, **options)[0]
-            yield index, layer.self_attn, u, attended, options
-            with torch.no_grad():
-                hidden = hidden + attended
-                hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        for visit in visit_layers(self.teacher, inputs.to(device), positions):
+            if visit.index in self.mixers:
+                with torch.no_grad():
+                    target = self.target(visit.attention, visit.u, visit.attended, visit.options)
+                yield visit.index, visit.u, target
 
     def __call__(self, batch: DeviceBatch, grad_scale: Tensor) -> Sums:
         """Forward and backward of every mixer on one batch; figures as sums over valid tokens."""
         sums: Sums = {}
-        for index, attention, u, attended, options in self._walk(batch.inputs, batch.position_ids):
-            if index in self.mixers:
-                self._align(index, attention, u, attended, options, batch, grad_scale, sums)
+        device = batch.inputs.device
+        for index, u, target in self._walk(batch.inputs, batch.position_ids):
+            self._align(index, u.to(device), target.to(device), batch, grad_scale, sums)
         return sums
 
     def _align(
-        self,
-        index: int,
-        attention: Any,
-        u: Tensor,
-        attended: Tensor,
-        options: dict[str, Any],
-        batch: DeviceBatch,
-        grad_scale: Tensor,
-        sums: Sums,
+        self, index: int, u: Tensor, target: Tensor, batch: DeviceBatch, grad_scale: Tensor, sums: Sums
     ) -> None:
         mixer = self.mixers[index]
-        device = batch.inputs.device
-        u, attended = u.to(device), attended.to(device)
         resets = None if batch.position_ids is None else batch.position_ids == 0
-        with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
-            rows, decay = self.loss(mixer, attention, u, attended, options, resets, self.sizes[index])
+        inputs = (mixer, u, target, resets, self.sizes[index])
+        with torch.autocast(u.device.type, self.autocast, enabled=self.autocast is not None):
+            if self.untried:
+                self._try_compiled(inputs)
+            rows, decay = self.loss(*inputs)
         total = (rows * batch.valid).sum()
         (total * (grad_scale / len(self.mixers))).backward()
         share = total.detach() / len(self.mixers)
@@ -103,46 +92,50 @@ class AlignmentStep:
         sums[f"layers/squared_error_{index}"] = total.detach()
         sums[f"layers/mean_decay_{index}"] = (decay * batch.valid).sum().detach()
 
+    def _try_compiled(self, inputs: tuple[Any, ...]) -> None:
+        """Compile the loss, one graph for all equal mixers; what does not compile here stays eager.
 
-def hidden_size(attention: Any, u: Tensor, attended: Tensor, options: dict[str, Any]) -> Tensor:
-    """Mean squared norm of the attention's output, a scalar."""
-    return attended.to(decay_dtype(u.dtype)).square().sum(-1).mean()
+        The trial takes its gradients by `autograd.grad`, so that nothing is left in `.grad` and no hook is run.
+        """
+        self.untried = False
+        compiled = torch.compile(self.loss, dynamic=False)
+
+        def trial() -> None:
+            used = [p for p in inputs[0].parameters() if p.requires_grad]
+            torch.autograd.grad(compiled(*inputs)[0].sum(), used, allow_unused=True)
+
+        if compiles_here("the alignment of a mixer", trial):
+            self.loss = compiled
 
 
-def hidden_loss(
-    mixer: Any,
-    attention: Any,
-    u: Tensor,
-    attended: Tensor,
-    options: dict[str, Any],
-    resets: Tensor | None,
-    size: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Per-token relative squared error of the mixer's output [b, t], and mean decay [b, t]; u, attended [b, t, d]."""
+def attention_output(attention: Any, u: Tensor, attended: Tensor, options: dict[str, Any]) -> Tensor:
+    """What the "hidden" stage matches: the attention's output [b, t, d], as it is."""
+    return attended
+
+
+def hidden_size(target: Tensor) -> Tensor:
+    """Mean squared norm of the attention's output [b, t, d], a scalar."""
+    return target.to(decay_dtype(target.dtype)).square().sum(-1).mean()
+
+
+def hidden_loss(mixer: Any, u: Tensor, target: Tensor, resets: Tensor | None, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-token relative squared error of the mixer's output [b, t], and mean decay [b, t]; u, target [b, t, d]."""
     wide = decay_dtype(u.dtype)
-    return (mixer(u, resets).to(wide) - attended.to(wide)).square().sum(-1) / size, mean_decay(mixer, u)
+    return (mixer(u, resets).to(wide) - target.to(wide)).square().sum(-1) / size, mean_decay(mixer, u)
 
 
-@torch.no_grad()
-def matrix_size(attention: Any, u: Tensor, attended: Tensor, options: dict[str, Any]) -> Tensor:
-    """Mean squared norm of each head's rows, [H, 1]."""
-    return attention_matrix(attention, u, options).square().sum(-1).mean((0, 2))[:, None]
+def matrix_size(target: Tensor) -> Tensor:
+    """Mean squared norm of each head's rows, [H, 1], of attention matrices [b, H, t, t]."""
+    return target.square().sum(-1).mean((0, 2))[:, None]
 
 
-def matrix_loss(
-    mixer: Any,
-    attention: Any,
-    u: Tensor,
-    attended: Tensor,
-    options: dict[str, Any],
-    resets: Tensor | None,
-    size: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Per-row relative squared distance of mixing and attention matrices, mean over heads [b, t], and mean decay."""
+def matrix_loss(mixer: Any, u: Tensor, target: Tensor, resets: Tensor | None, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-row relative squared distance of mixing and attention matrices, mean over heads [b, t], and mean decay.
+
+    u [b, t, d], target [b, H, t, t], size [H, 1].
+    """
     _, B, C, A_log, _, _ = mixer.project(u, resets)
-    with torch.no_grad():
-        wanted = attention_matrix(attention, u, options)
-    distance = (ssd_matrix(A_log, B, C, resets) - wanted).square().sum(-1)  # [b, H, t]
+    distance = (ssd_matrix(A_log, B, C, resets) - target).square().sum(-1)  # [b, H, t]
     return (distance / size).mean(1), mean_decay(mixer, u)
 
 
@@ -152,11 +145,11 @@ def mean_decay(mixer: Any, u: Tensor) -> Tensor:
     return mixer.decays(u).mean(-1)
 
 
-def attention_matrix(attention: Any, u: Tensor, options: dict[str, Any]) -> Tensor:
+def attention_matrix(attention: Any, u: Tensor, attended: Tensor | None, options: dict[str, Any]) -> Tensor:
     """softmax(q k^T) [b, H, t, t] of one decoder layer's attention for normalised inputs u [b, t, d].
 
-    With rotary positions, grouped queries, q and k norms, and the mask that the layer itself is given (none means
-    causal). float32 or better.
+    With rotary positions, grouped queries, q and k norms, sliding window and document boundaries. float32 or
+    better. The mask is made from the positions, since flash attention is given none.
     """
     wide = decay_dtype(u.dtype)
     shape = (*u.shape[:-1], -1, attention.head_dim)
@@ -167,13 +160,18 @@ def attention_matrix(attention: Any, u: Tensor, options: dict[str, Any]) -> Tens
     q, k = rotate(q.transpose(1, 2), k.transpose(1, 2), *options["position_embeddings"])
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * attention.scaling
-    return (scores + additive_mask(options["attention_mask"], scores)).softmax(-1)
+    window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+    return scores.masked_fill(~visible_pairs(options["position_ids"], window), -torch.inf).softmax(-1)
 
 
-def additive_mask(mask: Tensor | None, scores: Tensor) -> Tensor:
-    """The layer's mask as numbers to add to scores [b, H, t, t]: -inf where nothing is seen."""
-    if mask is None:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if mask.dtype == torch.bool:
-        return torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device).masked_fill(~mask, -torch.inf)
-    return mask.to(scores.dtype)
+def visible_pairs(position_ids: Tensor, window: int | None) -> Tensor:
+    """bool [b, 1, t, t]: row i sees column j of the same document, at most `window` - 1 tokens back.
+
+    position_ids [b, t] restart at 0 where a document starts.
+    """
+    t = position_ids.shape[1]
+    index = torch.arange(t, device=position_ids.device)
+    back = index[:, None] - index
+    near = (back >= 0) & (back < (window or t))
+    documents = (position_ids == 0).cumsum(-1)
+    return (near & (documents[:, :, None] == documents[:, None, :]))[:, None]

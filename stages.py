@@ -280,7 +280,7 @@ def _micro_step(args: argparse.Namespace, name: str, models: Models) -> tuple[An
     if name in ("matrix", "hidden"):
         half = torch.float16 if models.dtype == torch.float16 else None
         tokens = calibration_tokens(args, name, models.tokenizer)
-        align = AlignmentStep(name, models.teacher, models.student, tokens, autocast=half)
+        align = AlignmentStep(name, models.teacher, models.student, tokens, autocast=half, compile=compiles(args))
         return align, trained_mixers(models.student), None
     forward = TeacherForward(models) if args.kl_weight > 0 else None
     head = models.teacher.get_output_embeddings().weight.to(models.device) if forward else None

@@ -95,10 +95,8 @@ class Services:
     stop_requested: Callable[[], bool] = lambda: False
     save_requested: Callable[[], bool] = lambda: False
     evaluate: Callable[[Progress], dict[str, float]] | None = None
-    diagnose: Callable[[Progress], dict[str, float]] | None = None
     log_interval: int = 1
     eval_interval: int = 0
-    diagnostics_interval: int = 0
     max_bad_steps: int = 10
     save_before_raising: tuple[type[BaseException], ...] = (TooManyBadSteps,)
 
@@ -114,7 +112,6 @@ class DeviceBatch:
     document_ids: list[str]
     loader_state: dict[str, Any]  # the loader's state after this batch
     teacher_hidden: torch.Tensor | None = None  # [b, t, d]
-    extra: Any = None
 
 
 class DistillationStep(nn.Module):
@@ -260,7 +257,7 @@ def run_stage(stage: Stage, progress: Progress, services: Services) -> bool:
             watch.push(bad, window)
             if progress.optimizer_step % services.log_interval == 0:
                 services.log_metrics(progress, meter.read())
-            meter.pause(lambda: _periodic(services, progress))
+            meter.pause(lambda: _evaluate(services, progress))
             if services.stop_requested() or _finished(stage, progress):
                 break
             if services.save_due(progress) or services.save_requested():
@@ -346,6 +343,8 @@ class Meter:
         figures: dict[str, Any] = {
             name if "/" in name else f"train/{name}": sums[name] / tokens for name in shared if name != "tokens"
         }
+        for name in [name for name in figures if "/squared_error_" in name]:
+            figures[name.replace("/squared_", "/relative_")] = math.sqrt(figures.pop(name))
         done, total = self.progress.stage_step, self.progress.stage_total
         seconds = elapsed / max(self.steps, 1)
         figures |= {
@@ -431,14 +430,11 @@ def _finished(stage: Stage, progress: Progress) -> bool:
     return not stage.open_ended and progress.stage_step >= stage.total_steps
 
 
-def _periodic(services: Services, progress: Progress) -> None:
-    """Evaluation and diagnostics, each at its own interval of optimizer steps."""
+def _evaluate(services: Services, progress: Progress) -> None:
+    """The evaluation, at its interval of optimizer steps."""
     step = progress.optimizer_step
     if services.evaluate is not None and services.eval_interval and step % services.eval_interval == 0:
         services.log_metrics(progress, services.evaluate(progress))
-    interval = services.diagnostics_interval
-    if services.diagnose is not None and interval and step % interval == 0:
-        services.log_metrics(progress, services.diagnose(progress))
 
 
 def _save(stage: Stage, progress: Progress, services: Services, meter: Meter, watch: BadStepWatch | None) -> None:

@@ -1,14 +1,16 @@
 """The alignment stages against independent float64 references, and what they do to a real student."""
 
 import copy
+import functools
 
 import pytest
 import torch
 
 import runs
 import train
+from initialization import visit_layers
 from models.modeling_llamba import AttentionInputs
-from mohawk import AlignmentStep, attention_matrix, trained_mixers
+from mohawk import AlignmentStep, attention_matrix, hidden_loss, matrix_loss, trained_mixers
 from test_model_utils import TEACHERS, make_student, make_teacher
 from trainer import DeviceBatch
 
@@ -63,16 +65,31 @@ def slow_matrix(mixer, u):
     return torch.stack(rows, -2)
 
 
-@pytest.mark.parametrize("name", ["grouped queries", "mistral, sliding", "qwen3", "wide heads, biases, tied"])
-def test_attention_matrix_is_the_teachers(name):
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", TEACHERS)
+def test_attention_matrix_is_the_teachers(name, packed):
     teacher = make_teacher(TEACHERS[name], "eager").double()
     tokens = torch.randint(0, 512, (2, 20))
-    wanted = teacher.model(tokens, output_attentions=True, use_cache=False).attentions
-    hidden = teacher.model.embed_tokens(tokens)
-    shared = AttentionInputs(teacher.config, teacher.model.rotary_emb, hidden, layers=range(4))
-    for index, (u, _) in enumerate(layer_inputs(teacher, tokens)):
-        given = attention_matrix(teacher.model.layers[index].self_attn, u, shared.for_layer(index))
-        assert torch.allclose(given, wanted[index].double(), atol=1e-6)
+    positions = torch.cat((torch.arange(7), torch.arange(13)))[None].expand(2, -1) if packed else None
+    wanted = teacher.model(tokens, position_ids=positions, output_attentions=True, use_cache=False).attentions
+    for visit in visit_layers(teacher.model, tokens, positions):
+        # Flash attention is given no mask: the matrix has its own, from the positions.
+        options = {**visit.options, "attention_mask": None}
+        given = attention_matrix(visit.attention, visit.u, None, options)
+        assert torch.allclose(given, wanted[visit.index].double(), atol=1e-6)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", TEACHERS)
+def test_the_walk_sees_what_the_teachers_own_forward_sees(name, packed):
+    teacher = make_teacher(TEACHERS[name])
+    tokens = torch.randint(0, 512, (2, 20))
+    positions = torch.cat((torch.arange(7), torch.arange(13)))[None].expand(2, -1) if packed else None
+    wanted = layer_inputs(teacher, tokens, positions)
+    visits = list(visit_layers(teacher.model, tokens, positions))
+    assert [visit.index for visit in visits] == [0, 1, 2, 3]
+    for visit, (u, attended) in zip(visits, wanted):
+        assert torch.equal(visit.u, u) and torch.equal(visit.attended, attended)
 
 
 @pytest.mark.parametrize("kind", ["matrix", "hidden"])
@@ -93,10 +110,11 @@ def test_losses_and_gradients_equal_dense_references(kind, t):
         else:
             hidden = teacher.model.embed_tokens(tokens)
             shared = AttentionInputs(teacher.config, teacher.model.rotary_emb, hidden, layers=range(4))
-            wanted = attention_matrix(teacher.model.layers[index].self_attn, u, shared.for_layer(index))
+            attention = teacher.model.layers[index].self_attn
+            wanted = attention_matrix(attention, u, None, shared.for_layer(index))
             hidden = teacher.model.embed_tokens(PROBE)
             shared = AttentionInputs(teacher.config, teacher.model.rotary_emb, hidden, layers=range(4))
-            probe = attention_matrix(teacher.model.layers[index].self_attn, probed[index][0], shared.for_layer(index))
+            probe = attention_matrix(attention, probed[index][0], None, shared.for_layer(index))
             size = probe.square().sum(-1).mean((0, 2))
             rows = ((slow_matrix(mixer, u) - wanted).square().sum(-1) / size[:, None]).mean(1)
         total = total + (rows * valid).sum() / 3
@@ -108,6 +126,78 @@ def test_losses_and_gradients_equal_dense_references(kind, t):
         else:
             assert (p.grad - q.grad).norm() <= 1e-7 * q.grad.norm()
     assert all(p.grad is None for p in student.backbone.layers[1].parameters())
+
+
+@pytest.mark.parametrize("kind", ["matrix", "hidden"])
+def test_a_mixer_learns_the_same_alone(kind):
+    """The gradient of a layer's mixer does not know of the others, but for the mean over layers."""
+    teacher, student = pair(layers=())
+    tokens = torch.randint(0, 512, (2, 12))
+    AlignmentStep(kind, teacher, student, PROBE)(batch_of(tokens), torch.tensor(1.0))
+    together = [p.grad for p in student.backbone.layers[2].mixer.parameters() if p.grad is not None]
+    student.zero_grad()
+    alone = AlignmentStep(kind, teacher, student, PROBE)
+    alone.mixers = {2: alone.mixers[2]}
+    alone(batch_of(tokens), torch.tensor(0.25))
+    apart = [p.grad for p in student.backbone.layers[2].mixer.parameters() if p.grad is not None]
+    assert len(together) == len(apart) > 2
+    assert all(torch.equal(a, b) for a, b in zip(together, apart))
+    assert all(p.grad is None for p in student.backbone.layers[3].parameters())
+
+
+@pytest.mark.parametrize("kind", ["matrix", "hidden"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_lower_precision_is_close(kind, dtype):
+    """float16 is a float16 teacher with float32 student weights under autocast."""
+    teacher, student = pair()
+    tokens, positions = torch.randint(0, 512, (2, 24)), torch.arange(12).repeat(2).expand(2, -1)
+    scale = torch.tensor(1 / 48)
+    exact = AlignmentStep(kind, teacher, student, PROBE)(batch_of(tokens, positions), scale)
+    wanted = torch.cat([p.grad.flatten() for p in trained_mixers(student).parameters() if p.grad is not None])
+    student.zero_grad()
+    half = dtype == torch.float16
+    teacher, student = teacher.to(dtype), student.to(torch.float32 if half else dtype)
+    step = AlignmentStep(kind, teacher, student, PROBE, autocast=dtype if half else None)
+    sums = step(batch_of(tokens, positions), scale)
+    given = torch.cat([p.grad.flatten() for p in trained_mixers(student).parameters() if p.grad is not None])
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    assert sums["loss"].dtype == torch.float32
+    assert sums["loss"].item() == pytest.approx(exact["loss"].item(), rel=tolerance)
+    assert (given.double() - wanted).norm() < tolerance * wanted.norm()
+
+
+@pytest.mark.parametrize("kind", ["matrix", "hidden"])
+def test_compiled_is_eager_and_its_trial_leaves_no_gradient(kind, monkeypatch):
+    """In one graph each; the trial must not run the hooks that update weights in the backward pass."""
+    whole = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", whole)
+    teacher, student = pair(layers=())
+    tokens, scale = torch.randint(0, 512, (2, 12)), torch.tensor(1.0)
+    results, hooks = [], []
+    first = trained_mixers(student)[0].in_proj.weight
+    first.register_post_accumulate_grad_hook(hooks.append)
+    for compile in (False, True):
+        student.zero_grad()
+        step = AlignmentStep(kind, teacher, student, PROBE, compile=compile)
+        sums = step(batch_of(tokens), scale)
+        results.append((sums["loss"], [p.grad for p in trained_mixers(student).parameters() if p.grad is not None]))
+        assert (step.loss is not {"matrix": matrix_loss, "hidden": hidden_loss}[kind]) == compile
+    (loss, gradients), (compiled_loss, compiled_gradients) = results
+    assert len(hooks) == 2
+    assert torch.allclose(loss, compiled_loss, rtol=1e-9)
+    assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(gradients, compiled_gradients))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["matrix", "hidden"])
+def test_a_teacher_on_another_device(kind):
+    teacher, student = pair()
+    tokens, scale = torch.randint(0, 512, (2, 12)), torch.tensor(1.0)
+    wanted = AlignmentStep(kind, teacher, student, PROBE)(batch_of(tokens), scale)["loss"]
+    step = AlignmentStep(kind, teacher, student.to("cuda"), PROBE)
+    batch = batch_of(tokens)
+    batch.inputs, batch.valid = batch.inputs.cuda(), batch.valid.cuda()
+    assert step(batch, scale.cuda())["loss"].item() == pytest.approx(wanted.item(), rel=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["matrix", "hidden"])
@@ -164,4 +254,6 @@ def test_the_stages_run_align_and_hand_over(tmp_path, tiny_teacher, documents):
     assert [len(values) for values in losses.values()] == [32, 48, 2]
     for stage in ("matrix", "hidden"):
         assert sum(losses[stage][-8:]) < sum(losses[stage][:8])
-    assert "layers/mean_decay_0" in rows[0] and "layers/squared_error_1" not in rows[0]
+    assert "layers/mean_decay_0" in rows[0] and "layers/relative_error_1" not in rows[0]
+    squares = [rows[0][f"layers/relative_error_{index}"] ** 2 for index in (0, 2, 3)]
+    assert sum(squares) / 3 == pytest.approx(rows[0]["train/loss"], rel=1e-5)
