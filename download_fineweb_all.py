@@ -106,8 +106,6 @@ def damaged(folder: Path, files: list[Any]) -> list[str]:
 
 def mirror(args: argparse.Namespace) -> None:
     """List, check the space, download what is missing or damaged, verify."""
-    if args.hf_home:
-        os.environ["HF_HOME"] = args.hf_home
     from huggingface_hub import snapshot_download
 
     from hub_files import Patience
@@ -145,17 +143,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.hf_home:
         os.environ["HF_HOME"] = args.hf_home
-    from hub_files import DataStreamLost
+    from hub_files import exit_status
 
-    try:
-        mirror(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (DataStreamLost, OSError) as error:
-        print(f"error: {error}; run it again to go on", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: mirror(args))
 
 
 if __name__ == "__main__":

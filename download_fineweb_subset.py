@@ -187,17 +187,9 @@ class Progress:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    from hub_files import DataStreamLost
+    from hub_files import exit_status
 
-    try:
-        download(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (DataStreamLost, OSError) as error:
-        print(f"error: {error}; run it again to go on", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: download(args))
 
 
 if __name__ == "__main__":

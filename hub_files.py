@@ -7,6 +7,7 @@ bodies) with growing pauses and gives up with `DataStreamLost` after `network_pa
 import io
 import logging
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -30,6 +31,19 @@ LARGEST_RANGE = 1 << 24  # bytes; larger reads are split, so that a fault costs 
 
 class DataStreamLost(RuntimeError):
     """The network stayed away for longer than `network_patience`; the loader's state is still good."""
+
+
+def exit_status(work: Callable[[], None]) -> int:
+    """Run a download: 0 when done, else one line on stderr and 2 for a mistake, 1 for what another run may mend."""
+    try:
+        work()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (DataStreamLost, OSError) as error:
+        print(f"error: {error}; run it again to go on", file=sys.stderr)
+        return 1
+    return 0
 
 
 class Cancelled(RuntimeError):
