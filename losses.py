@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Logits of a chunk, m * V. Compiled, only two buffers live, 2 * m * V * 2 bytes in bf16: 256 MiB each keep the extra
-# memory near 0.5 GiB while the products stay large enough for the matrix units. Eagerly, about eight float32
-# temporaries live: 32 MiB each.
-CHUNK_LOGITS_COMPILED, CHUNK_LOGITS_EAGER = 2**27, 2**23
+# The student's logits of a chunk, m * V. Each chunk reads and writes the head's whole float32 gradient once, so it
+# should be large. Compiled, only two buffers live: these, and the teacher's for an eighth of the rows at a time;
+# 2.25 * 2**28 bytes (0.56 GiB) in bf16. Eagerly, about eight float32 temporaries of a chunk live: 32 MiB each.
+CHUNK_LOGITS_COMPILED, CHUNK_LOGITS_EAGER = 2**28, 2**23
+PARTS_COMPILED = 8
 
 
 class KDTerms(NamedTuple):
@@ -193,8 +194,7 @@ def _evaluate(
     function = _maybe_compiled(token_sums, compile)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     sums = torch.zeros(5, dtype=wide, device=hidden.device)
-    for start in range(0, hidden.shape[0], chunk):
-        rows = slice(start, start + chunk)
+    for rows in slices(hidden.shape[0], part_rows(chunk, compile)):
         logits = hidden[rows] @ head.T
         target = None if theirs is None or teacher_head is None else theirs[rows] @ teacher_head.T
         sums += function(logits, target, labels[rows], valid[rows], *options)
@@ -230,16 +230,17 @@ class _ChunkedKD(torch.autograd.Function):
             buffer = torch.zeros_like(head, dtype=wide)
         elif not ctx.needs_input_grad[1]:
             buffer = None
-        for start in range(0, hidden.shape[0], chunk):
-            rows = slice(start, start + chunk)
+        for rows in slices(hidden.shape[0], chunk):
             logits = hidden[rows] @ head.T
-            target = None if theirs is None or teacher_head is None else theirs[rows] @ teacher_head.T
-            sums += function(logits, target, labels[rows], valid[rows], scale, *options)
+            for part in slices(logits.shape[0], part_rows(chunk, compile)):
+                inner = slice(rows.start + part.start, rows.start + part.stop)
+                target = None if theirs is None or teacher_head is None else theirs[inner] @ teacher_head.T
+                sums += function(logits[part], target, labels[inner], valid[inner], scale, *options)
             if hidden_grad is not None:
                 torch.mm(logits, head, out=hidden_grad[rows])
             if buffer is not None:
                 accumulate_product(buffer, logits.T, hidden[rows])
-            del logits, target
+            del logits, target  # before the next chunk's are made
         ctx.head_given = head_grad is not None
         ctx.save_for_backward(hidden_grad, None if ctx.head_given else buffer)
         ctx.mark_non_differentiable(sums)
@@ -254,6 +255,16 @@ class _ChunkedKD(torch.autograd.Function):
         if head_grad is not None:
             head_grad = head_grad * factor
         return hidden_grad, head_grad, *(None,) * 9
+
+
+def part_rows(chunk: int, compile: bool) -> int:
+    """Rows of the teacher's logits that are alive at a time."""
+    return -(-chunk // PARTS_COMPILED) if compile else chunk
+
+
+def slices(n: int, size: int) -> list[slice]:
+    """0 .. n in pieces of `size`, the last one maybe shorter."""
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 def accumulate_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from acceleration import MODES, set_activation_checkpointing
 from activation_bytes import saved_bytes
-from losses import CHUNK_LOGITS_COMPILED, CHUNK_LOGITS_EAGER
+from losses import CHUNK_LOGITS_COMPILED, CHUNK_LOGITS_EAGER, PARTS_COMPILED
 from models import LlambaConfig, LlambaForCausalLM
 
 GIB = 2**30
@@ -155,9 +155,11 @@ class StepModel:
         """Logits of a chunk, the gradient of the hidden states, the teacher's hidden states."""
         config = self.student.config
         hidden = self.args.batch_size * self.args.seq_length * config.d_model * self.dtype.itemsize
-        chunk = 2 * CHUNK_LOGITS_COMPILED * self.dtype.itemsize if self.compiled else 8 * CHUNK_LOGITS_EAGER * 4
         logits = self.args.batch_size * self.args.seq_length * config.vocab_size
-        chunk = min(chunk, logits * (2 * self.dtype.itemsize if self.compiled else 32))
+        if self.compiled:
+            chunk = (1 + 1 / PARTS_COMPILED) * min(CHUNK_LOGITS_COMPILED, logits) * self.dtype.itemsize
+        else:
+            chunk = 8.0 * min(CHUNK_LOGITS_EAGER, logits) * 4
         return chunk + 3.0 * hidden
 
     def estimate(self, modes: Sequence[str]) -> MemoryEstimate:

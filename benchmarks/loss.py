@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--vocabulary", type=int, default=128256)
-    parser.add_argument("--chunks", type=int, nargs="*", default=[512, 1024, 2048])
+    parser.add_argument("--chunks", type=int, nargs="*", default=[1024, 2048])
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--no_errors", action="store_true", help="skip the comparison with float32 logits (14 GiB)")
     parser.add_argument("--json", type=Path, default=None, help="write the rows to this file as well")
