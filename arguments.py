@@ -25,7 +25,9 @@ class Parser(argparse.ArgumentParser):
     """Reports a wrong flag in exactly one line, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
-        print("error: " + message.replace("\n", "\\n").replace("\r", "\\r"), file=sys.stderr)
+        from run_control import mask_secrets
+
+        print("error: " + mask_secrets(message).replace("\n", "\\n").replace("\r", "\\r"), file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -219,7 +221,9 @@ def build_parser() -> Parser:
     return parser
 
 
-# Flags that do not change what is computed: a resumed run may change them freely.
+# Flags that do not change what is computed: a resumed run may change them freely. Of these device, no_compile,
+# gradient_checkpointing and deterministic may change how it is rounded: whoever ran out of memory must be able to go
+# on with more recomputation, so this is allowed, but only the same choice resumes bit for bit.
 FREE_FLAGS = frozenset(
     "device teacher_device no_compile gradient_checkpointing log_interval log_file wandb wandb_project "
     "wandb_run_name wandb_entity wandb_mode eval_interval eval_dataset eval_tokens "

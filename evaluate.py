@@ -11,7 +11,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def held_out_figures(
-    student: Any, teacher: Any, batches: Iterable[Any], tokens: int, device: Any
+    student: Any,
+    teacher: Any,
+    batches: Iterable[Any],
+    tokens: int,
+    device: Any,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """KL(teacher || student) at temperature 1, top-1 agreement and both perplexities over at least `tokens` tokens.
 
     `batches` yields `data.Batch`; only valid positions count. Returns kl (nats a token), top1_agreement (0 to 1),
-    student_perplexity, teacher_perplexity, perplexity_ratio, tokens.
+    student_perplexity, teacher_perplexity, perplexity_ratio, tokens; nothing once `stop()` says so.
     """
     import torch
 
@@ -75,9 +80,11 @@ def held_out_figures(
             own = chunked_kd_loss(theirs, teacher_head, None, None, labels, valid, kl_weight=0.0, ce_weight=1.0)
             row = (terms.kl_sum, terms.agree_sum, terms.ce_sum, own.ce_sum, terms.tokens)
             sums += torch.stack([value.double().cpu() for value in row])
-            if sums[4] >= tokens:
+            if stop() or sums[4] >= tokens:
                 break
     student.train(was_training)
+    if stop():
+        return {}
     kl, agree, ours_ce, theirs_ce, count = sums.tolist()
     if not count:
         raise UserError("the held-out data holds no whole sequence: use more text or a smaller --seq_length")

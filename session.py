@@ -153,6 +153,8 @@ class Session:
         )
 
     def log_metrics(self, progress: Progress, figures: dict[str, Any]) -> None:
+        if not figures:  # of an evaluation that was cut short
+            return
         if "train/loss" in figures:
             log.info(format_line(figures))
         elif "eval/kl" in figures:
@@ -169,7 +171,11 @@ class Session:
         assert self.models is not None
         models, args = self.models, self.args
         batches = held_out_batches(args, args.eval_dataset, models.tokenizer)
-        figures = held_out_figures(models.student, models.teacher, batches, args.eval_tokens, models.device)
+        stop = lambda: self.signals.stop_requested  # noqa: E731
+        figures = held_out_figures(models.student, models.teacher, batches, args.eval_tokens, models.device, stop)
+        if not figures:
+            log.warning("the evaluation at step %d is left out: a signal asks to stop", progress.optimizer_step)
+            return {}
         if figures["kl"] < progress.best.get("kl", float("inf")):
             progress.best = {"kl": figures["kl"], "step": progress.optimizer_step}
         return {f"eval/{name}": value for name, value in figures.items()}

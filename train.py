@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from arguments import UserError, parse_arguments, validate
+from run_control import mask_secrets
 
 log = logging.getLogger("train")
 
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         validate(args)
         return distill(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {mask_secrets(str(error))}", file=sys.stderr)
         return 2
 
 
@@ -42,6 +43,7 @@ def distill(args: argparse.Namespace) -> int:
         enable_determinism()
     seed_everything(args.seed)
     with RunLock(Path(args.output_dir)), StopSignals() as signals:
+        signals.leave_at_once = True  # nothing to save before the first step
         session = Session(args, signals)
         try:
             if session.finished:
@@ -53,6 +55,7 @@ def distill(args: argparse.Namespace) -> int:
             loaders = {name: stages.make_loader(args, name, tokenizer) for name in names}
             session.models = stages.build_models(args, session.student_source, inputs, devices)
             session.begin()
+            signals.leave_at_once = False
             for name in names:
                 total = session.total_steps(name, tokenizer)
                 stage = stages.build_stage(args, name, session.models, loaders[name], total)
@@ -71,19 +74,36 @@ def distill(args: argparse.Namespace) -> int:
 
 def failure_status(error: Exception, args: argparse.Namespace, session: Any) -> int:
     """One line for what a run cannot go on from, and its exit status; anything unexpected is raised again."""
-    import torch
-
-    from memory import oom_advice
     from text_sources import DataStreamLost
     from trainer import TooManyBadSteps
 
-    if isinstance(error, torch.OutOfMemoryError) and session.estimate is not None:
-        log.error(oom_advice(session.estimate, args))
+    if is_out_of_memory(error):
+        log.error(memory_advice(args, session))
         return 3
     if isinstance(error, TooManyBadSteps | DataStreamLost):
         log.error("stopped, with a checkpoint: %s", error)
         return 4
     raise error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """True for what torch, CUDA, cuBLAS and the CPU's allocator raise when memory ends."""
+    import torch
+
+    texts = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
+
+
+def memory_advice(args: argparse.Namespace, session: Any) -> str:
+    """The line for a run that is out of memory; on the CPU the estimate is made only now."""
+    from memory import estimate_memory, oom_advice
+
+    estimate, models = session.estimate, session.models
+    if estimate is None and models is not None:
+        estimate = estimate_memory(models.teacher.config, models.student.config, args)
+    if estimate is None:
+        return f"out of memory on {args.device} while the models were loaded"
+    return oom_advice(estimate, args)
 
 
 if __name__ == "__main__":

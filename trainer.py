@@ -293,8 +293,14 @@ def accumulate(stage: Stage, window: list[DeviceBatch], stop: Callable[[], bool]
     return total
 
 
+OWN_FIGURES = ("grad_norm", "bad", "steps", "loss_max", "grad_norm_max")  # not summed over ranks
+
+
 class Meter:
-    """Means over the optimizer steps since the last log line; sums stay on the device until they are read."""
+    """Means over the optimizer steps since the last log line; sums stay on the device until they are read.
+
+    Beside them the largest loss (of this rank's tokens) and gradient norm of a single step, which show a spike.
+    """
 
     def __init__(self, progress: Progress, stage: Stage):
         self.progress, self.stage = progress, stage
@@ -312,6 +318,9 @@ class Meter:
         step = {**sums, "grad_norm": norm, "bad": bad, "steps": torch.ones_like(norm)}
         for name, value in step.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().double()
+        for name, value in (("loss_max", sums["loss"] / sums["tokens"].clamp(min=1.0)), ("grad_norm_max", norm)):
+            value = value.detach().double()
+            self.sums[name] = torch.maximum(value, torch.full_like(value, self.sums.get(name, -math.inf)))
         self.rate = rate
         self.steps += 1
 
@@ -333,7 +342,7 @@ class Meter:
 
     def read(self) -> dict[str, Any]:
         """The figures of a log line; starts the next interval."""
-        shared = [name for name in self.sums if name not in ("grad_norm", "bad", "steps")]
+        shared = [name for name in self.sums if name not in OWN_FIGURES]
         if self.stage.world_size > 1:
             stacked = torch.stack([torch.as_tensor(self.sums[name]).to(self.stage.device) for name in shared])
             self.sums |= dict(zip(shared, self.stage.reduce_sums(stacked).unbind()))
@@ -349,6 +358,8 @@ class Meter:
         seconds = elapsed / max(self.steps, 1)
         figures |= {
             "train/grad_norm": sums["grad_norm"] / steps,
+            "train/loss_max": sums["loss_max"],
+            "train/grad_norm_max": sums["grad_norm_max"],
             "train/lr": self.rate,
             "train/tokens": self.progress.tokens,
             "train/optimizer_step": self.progress.optimizer_step,

@@ -146,3 +146,9 @@ def test_resume_none_does_not_overwrite_a_run(capsys, tmp_path, tiny_teacher, so
     line = complaint(capsys, runs.flags(tiny_teacher, sources, tmp_path / "run", resume="none"))
     assert "--resume none" in line and (folder / "kept").read_text() == "precious"
     assert os.listdir(tmp_path / "run" / "checkpoint-5") == ["kept"]
+
+
+def test_a_password_in_a_wrong_flag_is_masked(capsys, tmp_path, tiny_teacher, sources):
+    for changes in (dict(dataset_name="https://user:correcthorse@host/x.jsonl"), dict(hf_token="hf_" + "a" * 30)):
+        line = complaint(capsys, runs.flags(tiny_teacher, sources, tmp_path / "run", **changes))
+        assert "***" in line and "correcthorse" not in line and "aaaa" not in line

@@ -102,6 +102,24 @@ def test_a_signal_saves_and_exits_with_128_plus_n(tmp_path, tiny_teacher, source
     assert weights(tmp_path / "run") == weights(uninterrupted)
 
 
+def test_a_signal_cuts_a_long_evaluation_short(tmp_path, tiny_teacher, sources):
+    """The first evaluation has nothing to save behind it, one between two steps has."""
+    endless = dict(eval_dataset=sources["train"], eval_tokens=10**9, eval_interval=2, seq_length=16, batch_size=1)
+    for first, options in ((True, endless), (False, {**endless, "eval_tokens": 8000})):
+        output, log = tmp_path / str(first), tmp_path / f"{first}.log"
+        log.touch()
+        process = start(runs.flags(tiny_teacher, sources, output, **{**OPTIONS, **options}), log)
+        wait_for(log, "trainable" if first else "step 2,", process)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        assert process.wait(timeout=30) == 143
+        assert time.monotonic() - began < 10
+        assert bool(list(output.glob("checkpoint-*"))) != first
+        assert ("evaluation at step 2 is left out" in log.read_text()) != first
+        assert not (output / "run.lock").exists()
+
+
 def test_sigusr1_saves_and_goes_on(tmp_path, tiny_teacher, sources):
     options = {**OPTIONS, "save_interval": 10**6, "max_steps": 60, "skip_stage2": True}
     argv, log = runs.flags(tiny_teacher, sources, tmp_path / "run", **options), tmp_path / "log"
@@ -161,7 +179,7 @@ def test_on_a_gpu_with_deterministic_kernels_it_resumes_bit_for_bit(tmp_path, ti
     process = start(argv, log)
     wait_for(log, r"step 6,", process)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL, "it had ended before it was killed"
     assert start(argv, log).wait(timeout=200) == 0, log.read_text()[-2000:]
     assert runs.losses(tmp_path / "run") == runs.losses(tmp_path / "whole")
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
