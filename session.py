@@ -49,6 +49,7 @@ class Session:
         self.trainer_state: dict[str, Any] = {}
         self.resumed_from = self.store.resolve(args.resume)
         self.micro_steps_saved = 0
+        self.unprepared: Stage | None = None  # a stage whose first save has no host memory yet
         wandb_id = self._read(self.resumed_from) if self.resumed_from is not None else None
         self.tracker = Tracker(
             self.output_dir,
@@ -112,6 +113,7 @@ class Session:
     def enter(self, stage: Stage) -> None:
         """Begin a stage anew, or put an interrupted one back where it stood."""
         self.tracker.summary({f"{stage.name}/steps": stage.total_steps})
+        self.unprepared = stage
         stage.loader.stop_requested = lambda: self.signals.stop_requested
         if self.progress.stage != stage.name or not self.trainer_state:
             self.progress.begin(stage.name, stage.total_steps)
@@ -181,7 +183,14 @@ class Session:
         return {f"eval/{name}": value for name, value in figures.items()}
 
     def save_due(self, progress: Progress) -> bool:
-        """True when `--save_interval` micro steps or `--save_minutes` have passed since the last save."""
+        """True when `--save_interval` micro steps or `--save_minutes` have passed since the last save.
+
+        Asked after each optimizer step; after a stage's first, memory for its snapshots is taken in the background.
+        """
+        if self.unprepared is not None and self.models is not None:
+            state, student = self._trainer_state(self.unprepared), self.models.student
+            self.store.prepare(model=student, trainer_state=state, frozen=frozen_names(student))
+            self.unprepared = None
         return progress.micro_step - self.micro_steps_saved >= self.args.save_interval or self.clock.due()
 
     def save(self, progress: Progress, stage: Stage) -> None:

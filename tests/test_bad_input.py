@@ -112,9 +112,7 @@ def test_another_vocabulary(capsys, tmp_path, tiny_teacher, sources):
     sizes = dict(vocab_size=1024, d_model=64, n_layer=4, mlp_cfg={"intermediate_size": 128})
     ssm = {"n_v_heads": 4, "n_qk_heads": 4, "d_state": 16}
     LlambaForCausalLM(LlambaConfig(**sizes, ssm_cfg=ssm)).save_pretrained(tmp_path / "student")
-    line = complaint(
-        capsys, runs.flags(tiny_teacher, sources, tmp_path / "run", student_model=tmp_path / "student")
-    )
+    line = complaint(capsys, runs.flags(tiny_teacher, sources, tmp_path / "run", student_model=tmp_path / "student"))
     assert "vocabulary has 1024 entries, the teacher's 512" in line
 
 
