@@ -246,8 +246,9 @@ def validate(args: argparse.Namespace) -> None:
         )
     if args.kl_weight == 0 and args.ce_weight == 0:
         raise UserError("--kl_weight 0 and --ce_weight 0 leave no loss; set one of them above 0")
-    if args.min_lr > args.max_lr:
-        raise UserError(f"--min_lr {args.min_lr:g} is above --max_lr {args.max_lr:g}; lower it")
+    for flag, used in (("max_lr", True), ("matrix_lr", args.matrix_tokens), ("hidden_lr", args.hidden_tokens)):
+        if used and args.min_lr > getattr(args, flag):
+            raise UserError(f"--min_lr {args.min_lr:g} is above --{flag} {getattr(args, flag):g}; lower it")
     if args.eval_interval and not args.eval_dataset:
         raise UserError("--eval_interval needs --eval_dataset, the held-out text to evaluate on")
     if args.update_in_backward and args.grad_accumulation_steps > 1:

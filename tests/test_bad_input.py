@@ -40,6 +40,14 @@ FLAG_CASES = {
     "negative weight": (dict(kl_weight="-1"), "--kl_weight"),
     "both loss weights 0": (dict(kl_weight=0, ce_weight=0), "--kl_weight 0 and --ce_weight 0"),
     "warmup and decay": (dict(warmup_ratio=0.7, decay_ratio=0.5), "0.7 + --decay_ratio 0.5 is above 1"),
+    "alignment rates crossed": (
+        dict(hidden_tokens=64, hidden_lr="1e-6"),
+        "--min_lr 1e-05 is above --hidden_lr 1e-06",
+    ),
+    "matrix sequence too long": (
+        dict(matrix_tokens=64, matrix_seq_length=4096),
+        "--matrix_seq_length 4096: the teacher has 2048 positions",
+    ),
     "rates crossed": (dict(min_lr="1e-2"), "--min_lr 0.01 is above --max_lr 0.001"),
     "unknown device": (dict(device="tpu"), "--device: 'tpu' is not a device"),
     "absent CUDA device": (dict(device="cuda:7"), "--device cuda:7: this machine has no such CUDA device"),
