@@ -151,17 +151,24 @@ def visit_layers(teacher: Any, inputs: torch.Tensor, positions: torch.Tensor | N
 
 @torch.no_grad()
 def calibrate_mixers(
-    student: Any, teacher: Any, tokens: torch.Tensor, *, half_life: float = 64.0
+    student: Any,
+    teacher: Any,
+    tokens: torch.Tensor,
+    *,
+    half_lives: tuple[float, float] = (64.0, 64.0),
+    split: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3),
+    per_head: bool = False,
 ) -> dict[int, float]:
     """Set each mixer's decay and the scale of its output on a few real sequences, tokens int64 [b, t].
 
     A_log's rows lie along the mean m of the normalised inputs, so that A_log is about `softplus^-1(ln 2 /
-    half_life)` on average (`half_life` in tokens). x, B and C each take the cube root of the least-squares factor
-    between the mixer's output and the attention's: with all of it in C, its weights would be so small that the first
+    half_life)` on average, with half lives (in tokens) spread evenly in their logarithm from the first head's to the
+    last's. The least-squares factor between the mixer's output and the attention's, one a layer or `per_head`, goes
+    into x, B and C with the exponents of `split`: with all of it in C, its weights would be so small that the first
     Adam step is many times their size (seen on SmolLM2-135M: loss 0.85 -> 17505 in one step at lr 7e-4, against
-    0.83 -> 2.1 this way). Returns the relative error of each mixer's output. Replaced layers take no part.
+    0.83 -> 2.1 with cube roots). `benchmarks/start.py` compares the choices. Returns the relative error of each
+    mixer's output. Replaced layers take no part.
     """
-    target = math.log(math.expm1(math.log(2.0) / half_life))
     errors: dict[int, float] = {}
     for visit in visit_layers(teacher.model, tokens):
         index, inputs, outputs = visit.index, visit.u, visit.attended
@@ -169,17 +176,46 @@ def calibrate_mixers(
             continue
         mixer = student.backbone.layers[index].mixer
         weight = mixer.in_proj.weight
-        inner, heads = mixer.d_inner, mixer.n_v_heads
         u = inputs.to(weight.device, weight.dtype)
         wanted = outputs.to(weight.device, torch.float32)
         mean = inputs.to(weight.device).float().mean(dim=(0, 1))
-        weight[-heads:].copy_((target / mean.square().sum() * mean).expand(heads, -1))
-        given = mixer(u).float()
-        factor = (given * wanted).sum() / given.square().sum().clamp(min=1e-20)
-        share = factor.clamp(min=1e-6) ** (1 / 3)
-        weight[: 3 * inner] *= share
-        mixer.conv1d.bias *= share
+        weight[-mixer.n_v_heads :].copy_(decay_rows(mean, mixer.n_v_heads, half_lives))
+        factor = head_factors(mixer, u, wanted, per_head)
+        size = factor.abs().clamp(min=1e-6)
+        scale = torch.cat([(size**exponent).repeat_interleave(mixer.d_head) for exponent in split])
+        scale[: mixer.d_inner] *= factor.sign().repeat_interleave(mixer.d_head)
+        weight[: len(scale)] *= scale[:, None]
+        mixer.conv1d.bias *= scale
         error = (mixer(u).float() - wanted).norm() / wanted.norm().clamp(min=1e-20)
         errors[index] = error.item()
     log.info("mixers calibrated: mean relative error %.3f", sum(errors.values()) / max(len(errors), 1))
     return errors
+
+
+def decay_rows(mean: torch.Tensor, heads: int, half_lives: tuple[float, float]) -> torch.Tensor:
+    """A_log's rows [H, d] along the mean input [d], for half lives from the first head's to the last's."""
+    first, last = (math.log(tokens) for tokens in half_lives)
+    lives = torch.linspace(first, last, heads, device=mean.device).exp()
+    return torch.log(torch.expm1(math.log(2.0) / lives))[:, None] * mean / mean.square().sum()
+
+
+def head_factors(mixer: Any, u: torch.Tensor, wanted: torch.Tensor, per_head: bool) -> torch.Tensor:
+    """Least-squares factors [H] of the heads' outputs against wanted [b, t, d]; one for all unless `per_head`.
+
+    The normal equations come from y^T y and W^T W, since the heads' parts of the output, H times as large as it,
+    would not fit at 8B.
+    """
+    seen: list[torch.Tensor] = []
+    hook = mixer.out_proj.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    mixer(u)
+    hook.remove()
+    y, weight = seen[0].flatten(0, 1).float(), mixer.out_proj.weight.float()  # [b*t, I], [d, I]
+    if mixer.out_proj.bias is not None:
+        wanted = wanted - mixer.out_proj.bias.float()
+    shape = (mixer.n_v_heads, mixer.d_head)
+    products = ((weight.T @ weight) * (y.T @ y)).unflatten(1, shape).sum(-1).unflatten(0, shape).sum(1)  # [H, H]
+    match = (y * (wanted.flatten(0, 1) @ weight)).sum(0).unflatten(0, shape).sum(-1)
+    if not per_head:
+        return (match.sum() / products.sum().clamp(min=1e-20)).expand(mixer.n_v_heads).clamp(min=1e-6)
+    ridge = 1e-4 * products.diagonal().mean() * torch.eye(mixer.n_v_heads, device=y.device)
+    return torch.linalg.solve(products + ridge, match)
