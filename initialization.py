@@ -209,13 +209,13 @@ def head_factors(mixer: Any, u: torch.Tensor, wanted: torch.Tensor, per_head: bo
     hook = mixer.out_proj.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     mixer(u)
     hook.remove()
-    y, weight = seen[0].flatten(0, 1).float(), mixer.out_proj.weight.float()  # [b*t, I], [d, I]
+    y, weight = seen[0].flatten(0, 1).to(wanted.dtype), mixer.out_proj.weight.to(wanted.dtype)  # [b*t, I], [d, I]
     if mixer.out_proj.bias is not None:
-        wanted = wanted - mixer.out_proj.bias.float()
+        wanted = wanted - mixer.out_proj.bias
     shape = (mixer.n_v_heads, mixer.d_head)
     products = ((weight.T @ weight) * (y.T @ y)).unflatten(1, shape).sum(-1).unflatten(0, shape).sum(1)  # [H, H]
     match = (y * (wanted.flatten(0, 1) @ weight)).sum(0).unflatten(0, shape).sum(-1)
     if not per_head:
         return (match.sum() / products.sum().clamp(min=1e-20)).expand(mixer.n_v_heads).clamp(min=1e-6)
-    ridge = 1e-4 * products.diagonal().mean() * torch.eye(mixer.n_v_heads, device=y.device)
+    ridge = 1e-4 * products.diagonal().mean() * torch.eye(mixer.n_v_heads, device=y.device, dtype=y.dtype)
     return torch.linalg.solve(products + ridge, match)

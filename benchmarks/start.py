@@ -1,7 +1,7 @@
 """How mixers should start: each choice's relative error against the attention, at the start and after some alignment.
 
     python benchmarks/start.py --dataset_name text.jsonl.gz                                  # one GPU, 2 minutes
-    python benchmarks/start.py --dataset_name text.jsonl.gz --device cpu --dtype float32 --steps 0   # the starts alone
+    python benchmarks/start.py --dataset_name text.jsonl.gz --device cpu --dtype float32 --steps 0   # no training
 
 Every row starts from the same teacher, sees the same sequences in the same order and runs the "hidden" stage of
 train.py with its WSD schedule. Errors are means over layers of |mixer - attention| / |attention| on sequences that
@@ -69,8 +69,25 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def training_flags(args: argparse.Namespace, rate: float) -> argparse.Namespace:
     """train.py's flags for the hidden stage of one row."""
     tokens = max(args.steps, 1) * args.batch_size * args.seq_length
-    line = ["--student_model", "from_teacher", "--layers", "-1", "--dataset_subset", "", "--hidden_tokens", str(tokens)]
-    for name in ("teacher_model", "dataset_name", "dataset_text_field", "batch_size", "seq_length", "device", "dtype"):
+    line = [
+        "--student_model",
+        "from_teacher",
+        "--layers",
+        "-1",
+        "--dataset_subset",
+        "",
+        "--hidden_tokens",
+        str(tokens),
+    ]
+    for name in (
+        "teacher_model",
+        "dataset_name",
+        "dataset_text_field",
+        "batch_size",
+        "seq_length",
+        "device",
+        "dtype",
+    ):
         line += [f"--{name}", str(getattr(args, name))]
     line += [] if args.compile else ["--no_compile"]
     return arguments.parse_arguments([*line, "--hidden_lr", str(rate)])
@@ -109,7 +126,9 @@ def measure(
     if gate is not None:
         set_gate(student, *gate)
     if calibrate:
-        calibrate_mixers(student, teacher, stages.calibration_tokens(flags, "hidden", tokenizer).to(device), **options)
+        calibrate_mixers(
+            student, teacher, stages.calibration_tokens(flags, "hidden", tokenizer).to(device), **options
+        )
     held_out = held_out_tokens(flags, tokenizer).to(device)
     row = {"start": mean_error(student, teacher, held_out), "lr": flags.hidden_lr, "steps": steps}
     began = time.perf_counter()
