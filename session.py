@@ -70,7 +70,10 @@ class Session:
     def _read(self, folder: Path) -> str | None:
         """Take up a checkpoint: check its flags, read where it stands; returns its W&B run id."""
         metadata = read_metadata(folder)
-        changed = changed_flags(metadata["flags"], vars(self.args))
+        before = sequences_a_step(metadata["flags"], metadata.get("ranks", 1))
+        now = sequences_a_step(vars(self.args), self.ranks.world_size)
+        same_batch = ("batch_size", "grad_accumulation_steps") if before == now else ()
+        changed = changed_flags(metadata["flags"], vars(self.args), ignore=same_batch)
         if changed and not self.args.resume_force:
             raise UserError(
                 f"--resume: {folder} was made with other flags: {'; '.join(changed)} "
@@ -81,21 +84,14 @@ class Session:
             self.trainer_state = read_trainer_state(folder)
             self.progress = Progress(**metadata["progress"], loader=self.trainer_state["loader"])
             self.micro_steps_saved = self.progress.micro_step
-            self._compare_ranks(metadata.get("ranks", 1))
+            if before != now:
+                log.warning(
+                    "an optimizer step takes %d sequences from here on, not %d as before; no sequence is lost or "
+                    "repeated (--grad_accumulation_steps can keep their number when that of the ranks changes)",
+                    now, before,
+                )  # fmt: skip
             log.info("resuming %s: %s, step %d", folder, self.progress.stage, self.progress.optimizer_step)
         return metadata.get("wandb_run_id")
-
-    def _compare_ranks(self, before: int) -> None:
-        """A run may go on with any number of ranks; say what that does to its optimizer steps."""
-        now, args = self.ranks.world_size, self.args
-        if now == before:
-            return
-        sequences = args.batch_size * args.grad_accumulation_steps
-        log.warning(
-            "saved by %d ranks, going on with %d: an optimizer step takes %d sequences, not %d as before "
-            "(--grad_accumulation_steps with --resume_force keeps it); no sequence is lost or repeated",
-            before, now, sequences * now, sequences * before,
-        )  # fmt: skip
 
     @property
     def student_source(self) -> str:
@@ -288,3 +284,8 @@ class Session:
         """Wait for the checkpoint in flight and close the tracker."""
         self.store.wait()
         self.tracker.close()
+
+
+def sequences_a_step(flags: dict[str, Any], ranks: int) -> int:
+    """Sequences of an optimizer step, over all ranks."""
+    return flags["batch_size"] * flags["grad_accumulation_steps"] * ranks

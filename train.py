@@ -98,7 +98,8 @@ def failure_status(error: Exception, args: argparse.Namespace, session: Any) -> 
         log.error("stopped, with a checkpoint: %s", error)
         return 4
     if not session.ranks.alone and is_loss_of_rank(error):
-        log.error("another rank is gone; the last checkpoint is %s", session.store.folder.last_good or "none yet")
+        saved = session.store.folder.complete()
+        log.error("another rank is gone; the last checkpoint is %s", saved[0].name if saved else "none yet")
         return RANK_LOST
     raise error
 

@@ -33,6 +33,8 @@ class BarAwareHandler(logging.StreamHandler):
 def setup_logging(log_file: str | None, *, rank: int = 0) -> None:
     """Time-stamped, flushed lines on stdout and in `log_file`; other ranks than the first only warn, by number."""
     main_process = rank == 0
+    if not (main_process and sys.stderr.isatty()):
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' too: a log stays clean lines
     handlers: list[logging.Handler] = [BarAwareHandler(sys.stdout)]
     if log_file and main_process:
         Path(log_file).expanduser().parent.mkdir(parents=True, exist_ok=True)
