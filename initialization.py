@@ -8,6 +8,10 @@ close to un-decayed linear attention and finite:
 * convolution: the identity (its last tap 1), with the biases of q, k and v as its bias;
 * gate: zero weights and z_bias = 1.2785, where silu is 1, so that the gate starts open and exactly neutral;
 * D: zero, since attention has no skip of its own;
+* biases: those of q, k and v go into the convolution's, that of the output projection (`attention_bias`) into
+  out_proj's, for which in_proj gets one too, of zeros;
+* norms of queries and keys (Qwen3): their weights are folded into C and B; dividing each token's query and key by its
+  size has no place in a mixer, nor have rotary positions and a sliding window;
 * C: queries times head_dim**-0.5, attention's own scale (`calibrate_mixers` fits the product of x, B and C);
 * A_log: it has no bias, so zero weights give a decay of 0.5 a token (softplus(0) = log 2). `calibrate_mixers` puts
   a row along the mean of the layer's normalised inputs, which makes the decay slow on real text.
@@ -55,7 +59,7 @@ def student_config(teacher: Any) -> LlambaConfig:
             "expand": expand,
             "chunk_size": 128,
             "activation": "identity",
-            "bias": False,
+            "bias": getattr(teacher, "attention_bias", False),  # of the output projection
         },
         bos_token_id=teacher.bos_token_id,
         eos_token_id=teacher.eos_token_id,
@@ -68,6 +72,11 @@ def student_from_teacher(teacher: Any, *, dtype: torch.dtype, device: torch.devi
     with torch.device(device):
         student: Any = LlambaForCausalLM(student_config(teacher.config))
         student.to(dtype)
+    if hasattr(teacher.model.layers[0].self_attn, "q_norm"):
+        log.warning(
+            "the teacher's norms of queries and keys have no place in a mixer: their weights are folded into C and "
+            "B, the division by each token's size is lost"
+        )
     for index, layer in enumerate(student.backbone.layers):
         start_mixer(layer.mixer, teacher.model.layers[index].self_attn, teacher.config)
     return student
@@ -79,30 +88,33 @@ def start_mixer(mixer: Any, attention: Any, config: Any) -> None:
 
     q_proj [H*P, d], k_proj and v_proj [KV*P, d], o_proj [d, H*P] -> in_proj rows (x, B, C, z, A_log), out_proj.
     """
-    heads = config.num_attention_heads
-    repeat = heads // config.num_key_value_heads
-    inner = attention.q_proj.weight.shape[0]
-    head_dim = inner // heads
-
-    def per_head(tensor: torch.Tensor) -> torch.Tensor:
-        grouped = tensor.unflatten(0, (config.num_key_value_heads, head_dim))
-        return grouped.repeat_interleave(repeat, 0).flatten(0, 1)
-
-    scale = head_dim**-0.5
-    weight = mixer.in_proj.weight
+    weight, inner = mixer.in_proj.weight, attention.q_proj.weight.shape[0]
     weight.zero_()
-    weight[:inner].copy_(per_head(attention.v_proj.weight))
-    weight[inner : 2 * inner].copy_(per_head(attention.k_proj.weight))
-    weight[2 * inner : 3 * inner].copy_(attention.q_proj.weight * scale)
+    weight[: 3 * inner].copy_(values_keys_queries(attention, config, "weight"))
     mixer.conv1d.weight.zero_()
     mixer.conv1d.weight[:, 0, -1] = 1.0
     mixer.conv1d.bias.zero_()
     if attention.q_proj.bias is not None:
-        biases = (per_head(attention.v_proj.bias), per_head(attention.k_proj.bias), attention.q_proj.bias * scale)
-        mixer.conv1d.bias.copy_(torch.cat(biases))
+        mixer.conv1d.bias.copy_(values_keys_queries(attention, config, "bias"))
     mixer.z_bias.fill_(SILU_IS_ONE)
     mixer.D.zero_()
     mixer.out_proj.weight.copy_(attention.o_proj.weight)
+    if attention.o_proj.bias is not None:
+        mixer.in_proj.bias.zero_()
+        mixer.out_proj.bias.copy_(attention.o_proj.bias)
+
+
+def values_keys_queries(attention: Any, config: Any, kind: str) -> torch.Tensor:
+    """Weights or biases of v, k and q as the mixer's x, B and C have them, [3*H*P, ...]: every head with its own."""
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    v, k, q = (getattr(projection, kind) for projection in (attention.v_proj, attention.k_proj, attention.q_proj))
+    v, k, q = (part.unflatten(0, (count, -1)) for part, count in ((v, groups), (k, groups), (q, heads)))
+    q = q * q.shape[1] ** -0.5
+    if hasattr(attention, "q_norm"):
+        q, k = (part * norm.weight.view(-1, *[1] * (part.ndim - 2)) for part, norm in
+                ((q, attention.q_norm), (k, attention.k_norm)))  # fmt: skip
+    v, k = (part.repeat_interleave(heads // groups, 0) for part in (v, k))
+    return torch.cat((v, k, q)).flatten(0, 1)
 
 
 @dataclass

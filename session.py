@@ -52,6 +52,7 @@ class Session:
         self.resumed_from = ranks.first(lambda: self.store.resolve(args.resume))
         self.micro_steps_saved = 0
         self.whole_frozen: dict[str, torch.Tensor] = {}  # of a sharded student, gathered once
+        self.unprepared: Stage | None = None  # a stage whose first save has no host memory yet
         wandb_id = self._read(self.resumed_from) if self.resumed_from is not None else None
         self.tracker = Tracker(
             self.output_dir,
@@ -125,6 +126,7 @@ class Session:
     def enter(self, stage: Stage) -> None:
         """Begin a stage anew, or put an interrupted one back where it stood."""
         self.tracker.summary({f"{stage.name}/steps": stage.total_steps})
+        self.unprepared = stage
         stage.loader.stop_requested = lambda: self.signals.stop_requested
         if self.progress.stage != stage.name or not self.trainer_state:
             self.progress.begin(stage.name, stage.total_steps)
@@ -169,6 +171,8 @@ class Session:
         )
 
     def log_metrics(self, progress: Progress, figures: dict[str, Any]) -> None:
+        if not figures:  # of an evaluation that was cut short
+            return
         if "train/loss" in figures:
             log.info(format_line(figures))
         elif "eval/kl" in figures:
@@ -185,7 +189,11 @@ class Session:
         assert self.models is not None
         args = self.args
         batches = held_out_batches(args, args.eval_dataset, self.models.tokenizer, self.ranks)
-        figures = figures_of(self._held_out_sums, batches, args.eval_tokens, self.ranks.sum)
+        stop = lambda: self.ranks.agree(self.signals.stop_requested)[0]  # noqa: E731
+        figures = figures_of(self._held_out_sums, batches, args.eval_tokens, self.ranks.sum, stop)
+        if not figures:
+            log.warning("the evaluation at step %d is left out: a signal asks to stop", progress.optimizer_step)
+            return {}
         if figures["kl"] < progress.best.get("kl", float("inf")):
             progress.best = {"kl": figures["kl"], "step": progress.optimizer_step}
         return {f"eval/{name}": value for name, value in figures.items()}
@@ -201,7 +209,14 @@ class Session:
         return figure_sums(terms, theirs, head, here.labels, here.valid)
 
     def save_due(self, progress: Progress) -> bool:
-        """True when `--save_interval` micro steps or `--save_minutes` have passed since the last save."""
+        """True when `--save_interval` micro steps or `--save_minutes` have passed since the last save.
+
+        Asked after each optimizer step; after a stage's first, memory for its snapshots is taken in the background.
+        """
+        if self.unprepared is not None and self.models is not None and not is_sharded(self.models.student):
+            state, student = self._trainer_state(self.unprepared), self.models.student
+            self.store.prepare(model=student, trainer_state=state, frozen=frozen_names(student))
+            self.unprepared = None
         return progress.micro_step - self.micro_steps_saved >= self.args.save_interval or self.clock.due()
 
     def save(self, progress: Progress, stage: Stage) -> None:
