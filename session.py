@@ -182,7 +182,7 @@ class Session:
                 100 * figures["eval/top1_agreement"],
                 figures["eval/perplexity_ratio"],
             )
-        self.tracker.log(figures, step=progress.optimizer_step)
+        self.tracker.log({"train/tokens": progress.tokens, **figures}, step=progress.optimizer_step)
 
     def evaluate(self, progress: Progress) -> dict[str, float]:
         """Held-out figures as `eval/...`; a new best KL marks the next checkpoint as the one to keep."""
