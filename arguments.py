@@ -25,10 +25,16 @@ class Parser(argparse.ArgumentParser):
     """Reports a wrong flag in exactly one line, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
-        from run_control import mask_secrets
-
-        print("error: " + mask_secrets(message).replace("\n", "\\n").replace("\r", "\\r"), file=sys.stderr)
+        complain(message.replace("\n", "\\n").replace("\r", "\\r"))
         raise SystemExit(2)
+
+
+def complain(message: str) -> None:
+    """A user's mistake in one line on stderr; under torchrun the first rank speaks for all."""
+    from run_control import mask_secrets
+
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {mask_secrets(message)}", file=sys.stderr)
 
 
 def whole(minimum: int, maximum: int = 2**63 - 1):
@@ -176,6 +182,12 @@ def build_parser() -> Parser:
         default="bfloat16",
         help="dtype of weights and products",
     )
+    add(
+        "--parallel",
+        choices=["auto", "ddp", "fsdp"],
+        default="auto",
+        help="under torchrun: replicate (ddp) or shard (fsdp) the models; auto: replicate where a step fits",
+    )
     add("--no_compile", action="store_true", help="run eagerly on CUDA too")
     add(
         "--gradient_checkpointing",
@@ -225,7 +237,7 @@ def build_parser() -> Parser:
 # gradient_checkpointing and deterministic may change how it is rounded: whoever ran out of memory must be able to go
 # on with more recomputation, so this is allowed, but only the same choice resumes bit for bit.
 FREE_FLAGS = frozenset(
-    "device teacher_device no_compile gradient_checkpointing log_interval log_file wandb wandb_project "
+    "device teacher_device parallel no_compile gradient_checkpointing log_interval log_file wandb wandb_project "
     "wandb_run_name wandb_entity wandb_mode eval_interval eval_dataset eval_tokens "
     "output_dir save_interval save_minutes keep_checkpoints resume resume_force resume_step local_files_only "
     "network_patience max_bad_steps deterministic".split()

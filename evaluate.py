@@ -50,41 +50,69 @@ def held_out_figures(
     batches: Iterable[Any],
     tokens: int,
     device: Any,
-    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    """KL(teacher || student) at temperature 1, top-1 agreement and both perplexities over at least `tokens` tokens.
-
-    `batches` yields `data.Batch`; only valid positions count. Returns kl (nats a token), top1_agreement (0 to 1),
-    student_perplexity, teacher_perplexity, perplexity_ratio, tokens; nothing once `stop()` says so.
-    """
+    """`figures_of` a student and a teacher that are whole models on this process' devices."""
     import torch
 
     from losses import chunked_kd_loss
     from model_utils import teacher_hidden
 
-    was_training = student.training
-    student.eval()
-    sums = torch.zeros(5, dtype=torch.float64)
     teacher_device = next(teacher.parameters()).device
     teacher_head = teacher.get_output_embeddings().weight.to(device)
+
+    def sums(batch: Any) -> torch.Tensor:
+        inputs, labels = batch.tokens[:, :-1].to(device), batch.tokens[:, 1:].to(device)
+        valid = batch.valid.to(device)
+        positions = None if batch.position_ids is None else batch.position_ids.to(device)
+        there = None if positions is None else positions.to(teacher_device)
+        theirs = teacher_hidden(teacher, inputs.to(teacher_device), there).to(device)
+        ours = student.backbone(inputs, position_ids=positions).last_hidden_state.to(theirs.dtype)
+        terms = chunked_kd_loss(ours, student.lm_head.weight.to(theirs.dtype), theirs, teacher_head, labels, valid)
+        return figure_sums(terms, theirs, teacher_head, labels, valid)
+
+    was_training = student.training
+    student.eval()
+    figures = figures_of(sums, batches, tokens)
+    student.train(was_training)
+    return figures
+
+
+def figure_sums(terms: Any, theirs: Any, teacher_head: Any, labels: Any, valid: Any) -> Any:
+    """float64 [5] on the host: KL, agreement, the student's and the teacher's cross-entropy, tokens of a batch."""
+    import torch
+
+    from losses import chunked_kd_loss
+
+    own = chunked_kd_loss(theirs, teacher_head, None, None, labels, valid, kl_weight=0.0, ce_weight=1.0)
+    row = (terms.kl_sum, terms.agree_sum, terms.ce_sum, own.ce_sum, terms.tokens)
+    return torch.stack([value.double() for value in row]).cpu()
+
+
+def figures_of(
+    sums_of: Callable[[Any], Any],
+    batches: Iterable[Any],
+    tokens: int,
+    over_ranks: Callable[[Any], Any] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float]:
+    """KL(teacher || student) at temperature 1, top-1 agreement and both perplexities over at least `tokens` tokens.
+
+    `batches` yields `data.Batch`, of which `sums_of` gives `figure_sums` (only valid positions count); `over_ranks`
+    adds those of all ranks. Returns kl (nats a token), top1_agreement (0 to 1), student_perplexity,
+    teacher_perplexity, perplexity_ratio, tokens; nothing once `stop()` says so. Raises `UserError` where there is no
+    token.
+    """
+    import torch
+
+    sums = torch.zeros(5, dtype=torch.float64)
     with torch.no_grad():
         for batch in batches:
-            inputs, labels = batch.tokens[:, :-1].to(device), batch.tokens[:, 1:].to(device)
-            valid = batch.valid.to(device)
-            positions = None if batch.position_ids is None else batch.position_ids.to(device)
-            there = None if positions is None else positions.to(teacher_device)
-            theirs = teacher_hidden(teacher, inputs.to(teacher_device), there).to(device)
-            ours = student.backbone(inputs, position_ids=positions).last_hidden_state.to(theirs.dtype)
-            head = student.lm_head.weight.to(theirs.dtype)
-            terms = chunked_kd_loss(ours, head, theirs, teacher_head, labels, valid)
-            own = chunked_kd_loss(theirs, teacher_head, None, None, labels, valid, kl_weight=0.0, ce_weight=1.0)
-            row = (terms.kl_sum, terms.agree_sum, terms.ce_sum, own.ce_sum, terms.tokens)
-            sums += torch.stack([value.double().cpu() for value in row])
-            if stop() or sums[4] >= tokens:
+            row = sums_of(batch)
+            sums += row if over_ranks is None else over_ranks(row)
+            if stop():
+                return {}
+            if sums[4] >= tokens:
                 break
-    student.train(was_training)
-    if stop():
-        return {}
     kl, agree, ours_ce, theirs_ce, count = sums.tolist()
     if not count:
         raise UserError("the held-out data holds no whole sequence: use more text or a smaller --seq_length")
@@ -197,6 +225,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from model_utils import get_student_model, get_teacher_model, get_tokenizer
+    from parallel import Ranks
     from stages import held_out_batches
     from utils import check_device
 
@@ -209,7 +238,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     models = {"student": student, "teacher": teacher}
     report: dict[str, Any] = {"student": args.student, "teacher": args.teacher}
     if args.dataset_name:
-        batches = held_out_batches(args, args.dataset_name, tokenizer)
+        batches = held_out_batches(args, args.dataset_name, tokenizer, Ranks())
         report["held_out"] = held_out_figures(student, teacher, batches, args.tokens, device)
     if args.recall_pairs:
         report["recall"] = recall_figures(models, tokenizer, args, device)

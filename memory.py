@@ -74,8 +74,8 @@ class LayerCost:
 class StepModel:
     """All that the estimate knows of a step: sizes by part, costs by layer and mode."""
 
-    def __init__(self, teacher_config: Any, student_config: LlambaConfig, args: argparse.Namespace):
-        self.args = args
+    def __init__(self, teacher_config: Any, student_config: LlambaConfig, args: argparse.Namespace, shards: int = 1):
+        self.args, self.shards = args, shards
         self.dtype = getattr(torch, args.dtype)
         self.parameter_dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
         self.student = meta_student(teacher_config, student_config, args, self.parameter_dtype)
@@ -91,8 +91,8 @@ class StepModel:
         sharable = self.same_device and self.dtype == self.parameter_dtype
         frozen = sum(p.numel() for p in self.student.parameters() if not p.requires_grad)
         total = sum(p.numel() for p in self.student.parameters())
-        own = (total - frozen if sharable else total) * self.parameter_dtype.itemsize
-        there = teacher * size
+        own: float = (total - frozen if sharable else total) * self.parameter_dtype.itemsize
+        there: float = teacher * size
         if self.args.teacher_fp8:
             shared = frozen * size if sharable else 0
             there = (teacher - matrices) * size + matrices + shared
@@ -102,11 +102,13 @@ class StepModel:
         for parameter in self._trainable():
             matrix = parameter.ndim > 1
             state += parameter.numel() * STATE_BYTES[self.args.optimizer if matrix else "adamw"][wide]
-        return {
-            "teacher weights": there if self.same_device and self.args.kl_weight > 0 else 0.0,
-            "student weights": own + copies,
-            "optimizer state": state,
-        }
+        there = there if self.same_device and self.args.kl_weight > 0 else 0.0
+        if self.shards > 1:  # the teacher's embedding and head stay whole; two layers of each model are gathered
+            ends, layers = (teacher - matrices) * size, self.student.config.n_layer
+            own = total * self.parameter_dtype.itemsize
+            there = ends + (there - ends) * (1 / self.shards + 2 / layers) if there else 0.0
+            own, state = own * (1 / self.shards + 2 / layers), state / self.shards
+        return {"teacher weights": there, "student weights": own + copies, "optimizer state": state}
 
     def _trainable(self) -> list[nn.Parameter]:
         return [p for p in self.student.parameters() if p.requires_grad]
@@ -165,8 +167,8 @@ class StepModel:
     def estimate(self, modes: Sequence[str]) -> MemoryEstimate:
         """The moment of the step in which most is held."""
         costs = [self.cost(index, mode) for index, mode in enumerate(modes)]
-        gradients = self.layer_gradients()
-        head, embedding = self.head_gradient(), self.embedding_gradient()
+        gradients = [size / self.shards for size in self.layer_gradients()]
+        head, embedding = self.head_gradient(), self.embedding_gradient() / self.shards
         everything = sum(gradients) + head + embedding
         kept = everything if self.args.grad_accumulation_steps > 1 else 0.0
         moments = [{"gradients": max(head, kept), "activations": sum(c.saved for c in costs), "loss": self.loss()}]
@@ -216,14 +218,19 @@ class StepModel:
 
 
 def estimate_memory(
-    teacher_config: Any, student_config: LlambaConfig, args: argparse.Namespace, free_bytes: float | None = None
+    teacher_config: Any,
+    student_config: LlambaConfig,
+    args: argparse.Namespace,
+    free_bytes: float | None = None,
+    shards: int = 1,
 ) -> MemoryEstimate:
     """The peak of a training step from the two configurations and the flags; nothing is loaded.
 
     `--gradient_checkpointing auto` takes the least recomputation with which the step fits into `free_bytes`: layers
     go from none to selective, then from selective to full, one at a time; on the CPU (`free_bytes` None) none.
+    With `shards`, both models are sharded over that many ranks.
     """
-    step = StepModel(teacher_config, student_config, args)
+    step = StepModel(teacher_config, student_config, args, shards)
     layers = step.student.config.n_layer
     if args.gradient_checkpointing != "auto":
         return step.estimate([args.gradient_checkpointing] * layers)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from arguments import UserError
+from checkpoint_files import distinct_weights
 from checkpoints import (
     CheckpointStore,
     changed_flags,
@@ -20,15 +21,16 @@ from checkpoints import (
     rng_state,
     set_rng_state,
 )
-from evaluate import held_out_figures
+from evaluate import figure_sums, figures_of
 from memory import MemoryEstimate
 from model_card import model_card
 from model_utils import frozen_names
+from parallel import Ranks, copy_rows, is_sharded, own_optimizer_state, whole_optimizer_state, whole_weights
 from plot_metrics import plot_runs
 from run_control import SaveClock, StopSignals, mask_secrets
 from stages import Models, held_out_batches, total_steps
 from text_sources import BadData, DataStreamLost
-from trainer import Progress, Services, Stage, TooManyBadSteps
+from trainer import AnotherRankStopped, Progress, Services, Stage, TooManyBadSteps, to_device
 from utils import Tracker, format_line, library_versions
 
 log = logging.getLogger(__name__)
@@ -37,8 +39,8 @@ log = logging.getLogger(__name__)
 class Session:
     """One run from its first step to its last, across as many processes as it takes."""
 
-    def __init__(self, args: argparse.Namespace, signals: StopSignals):
-        self.args, self.signals = args, signals
+    def __init__(self, args: argparse.Namespace, signals: StopSignals, ranks: Ranks):
+        self.args, self.signals, self.ranks = args, signals, ranks
         self.output_dir = Path(args.output_dir)
         self.store = CheckpointStore(self.output_dir, keep=args.keep_checkpoints, log=log.warning)
         self.progress = Progress()
@@ -47,8 +49,9 @@ class Session:
         self.estimate: MemoryEstimate | None = None
         self.finished = False
         self.trainer_state: dict[str, Any] = {}
-        self.resumed_from = self.store.resolve(args.resume)
+        self.resumed_from = ranks.first(lambda: self.store.resolve(args.resume))
         self.micro_steps_saved = 0
+        self.whole_frozen: dict[str, torch.Tensor] = {}  # of a sharded student, gathered once
         self.unprepared: Stage | None = None  # a stage whose first save has no host memory yet
         wandb_id = self._read(self.resumed_from) if self.resumed_from is not None else None
         self.tracker = Tracker(
@@ -60,6 +63,7 @@ class Session:
             entity=args.wandb_entity,
             mode=args.wandb_mode,
             run_id=wandb_id,
+            main_process=ranks.is_first,
         )
         if not self.finished:
             self.tracker.truncate_after(self.progress.optimizer_step if self.resumed_from else -1)
@@ -67,7 +71,10 @@ class Session:
     def _read(self, folder: Path) -> str | None:
         """Take up a checkpoint: check its flags, read where it stands; returns its W&B run id."""
         metadata = read_metadata(folder)
-        changed = changed_flags(metadata["flags"], vars(self.args))
+        before = sequences_a_step(metadata["flags"], metadata.get("ranks", 1))
+        now = sequences_a_step(vars(self.args), self.ranks.world_size)
+        same_batch = ("batch_size", "grad_accumulation_steps") if before == now else ()
+        changed = changed_flags(metadata["flags"], vars(self.args), ignore=same_batch)
         if changed and not self.args.resume_force:
             raise UserError(
                 f"--resume: {folder} was made with other flags: {'; '.join(changed)} "
@@ -78,6 +85,12 @@ class Session:
             self.trainer_state = read_trainer_state(folder)
             self.progress = Progress(**metadata["progress"], loader=self.trainer_state["loader"])
             self.micro_steps_saved = self.progress.micro_step
+            if before != now:
+                log.warning(
+                    "an optimizer step takes %d sequences from here on, not %d as before; no sequence is lost or "
+                    "repeated (--grad_accumulation_steps can keep their number when that of the ranks changes)",
+                    now, before,
+                )  # fmt: skip
             log.info("resuming %s: %s, step %d", folder, self.progress.stage, self.progress.optimizer_step)
         return metadata.get("wandb_run_id")
 
@@ -98,7 +111,7 @@ class Session:
         """Optimizer steps of a stage; an interrupted stage keeps the number that it began with."""
         if self.progress.stage == name and self.trainer_state:
             return self.progress.stage_total
-        return total_steps(self.args, name, tokenizer)
+        return total_steps(self.args, name, tokenizer, self.ranks.world_size)
 
     def begin(self) -> None:
         """Tell W&B the sizes, and take the held-out figures before the first step."""
@@ -121,7 +134,10 @@ class Session:
             self.tracker.mark_stage(stage.name, self.progress.optimizer_step)
             return
         state, self.trainer_state = self.trainer_state, {}
-        stage.optimizer.load_state_dict(state["optimizer"])
+        optimizer = state["optimizer"]
+        if is_sharded(stage.trainable):
+            optimizer = own_optimizer_state(stage.optimizer, optimizer)
+        stage.optimizer.load_state_dict(optimizer)
         stage.schedule.load_state_dict(state["schedule"])
         if stage.scaler is not None:
             stage.scaler.load_state_dict(state["scaler"])
@@ -151,7 +167,7 @@ class Session:
             log_interval=args.log_interval,
             eval_interval=args.eval_interval,
             max_bad_steps=args.max_bad_steps,
-            save_before_raising=(TooManyBadSteps, DataStreamLost, BadData),
+            save_before_raising=(TooManyBadSteps, AnotherRankStopped, DataStreamLost, BadData),
         )
 
     def log_metrics(self, progress: Progress, figures: dict[str, Any]) -> None:
@@ -166,15 +182,15 @@ class Session:
                 100 * figures["eval/top1_agreement"],
                 figures["eval/perplexity_ratio"],
             )
-        self.tracker.log(figures, step=progress.optimizer_step)
+        self.tracker.log({"train/tokens": progress.tokens, **figures}, step=progress.optimizer_step)
 
     def evaluate(self, progress: Progress) -> dict[str, float]:
         """Held-out figures as `eval/...`; a new best KL marks the next checkpoint as the one to keep."""
         assert self.models is not None
-        models, args = self.models, self.args
-        batches = held_out_batches(args, args.eval_dataset, models.tokenizer)
-        stop = lambda: self.signals.stop_requested  # noqa: E731
-        figures = held_out_figures(models.student, models.teacher, batches, args.eval_tokens, models.device, stop)
+        args = self.args
+        batches = held_out_batches(args, args.eval_dataset, self.models.tokenizer, self.ranks)
+        stop = lambda: self.ranks.agree(self.signals.stop_requested)[0]  # noqa: E731
+        figures = figures_of(self._held_out_sums, batches, args.eval_tokens, self.ranks.sum, stop)
         if not figures:
             log.warning("the evaluation at step %d is left out: a signal asks to stop", progress.optimizer_step)
             return {}
@@ -182,12 +198,22 @@ class Session:
             progress.best = {"kl": figures["kl"], "step": progress.optimizer_step}
         return {f"eval/{name}": value for name, value in figures.items()}
 
+    def _held_out_sums(self, batch: Any) -> torch.Tensor:
+        assert self.models is not None
+        models = self.models
+        here = to_device(batch, models.device, {}, non_blocking=False)
+        theirs = models.hidden_states.finish(here)
+        one = torch.ones((), device=models.device)
+        terms = models.step(here.inputs, here.labels, here.valid, here.position_ids, theirs, one)
+        head = models.teacher.get_output_embeddings().weight.to(models.device)
+        return figure_sums(terms, theirs, head, here.labels, here.valid)
+
     def save_due(self, progress: Progress) -> bool:
         """True when `--save_interval` micro steps or `--save_minutes` have passed since the last save.
 
         Asked after each optimizer step; after a stage's first, memory for its snapshots is taken in the background.
         """
-        if self.unprepared is not None and self.models is not None:
+        if self.unprepared is not None and self.models is not None and not is_sharded(self.models.student):
             state, student = self._trainer_state(self.unprepared), self.models.student
             self.store.prepare(model=student, trainer_state=state, frozen=frozen_names(student))
             self.unprepared = None
@@ -205,6 +231,8 @@ class Session:
         self._write("final", {}, finished=True)
         if not self.store.wait():
             raise UserError(f"--output_dir {self.output_dir}: the final model could not be written (see the log)")
+        if not self.ranks.is_first:
+            return
         try:
             plot_runs([self.output_dir], self.output_dir / "loss.png")
         except (OSError, ValueError) as error:
@@ -212,30 +240,40 @@ class Session:
 
     def _write(self, name: str, state: dict[str, Any], *, finished: bool = False, best: bool = False) -> None:
         assert self.models is not None
+        student: Any = self.models.student
+        frozen, weights = frozen_names(student), None
+        if is_sharded(student):
+            weights = whole_weights(distinct_weights(student), self.whole_frozen, first=self.ranks.is_first)
+            self.whole_frozen = {name: tensor for name, tensor in weights.items() if name in frozen}
+        if not self.ranks.is_first:
+            return
         progress = self.progress.as_dict()
         progress.pop("loader")
         metadata = {
             "progress": progress,
             "finished": finished,
             "flags": mask_secrets(vars(self.args)),
+            "ranks": self.ranks.world_size,
             "versions": library_versions(),
             "wandb_run_id": self.tracker.run_id,
         }
         self.store.save(
             name,
-            model=self.models.student,
+            model=student,
             tokenizer=self.models.tokenizer,
             trainer_state=state,
             metadata=metadata,
-            frozen=frozen_names(self.models.student),
+            frozen=frozen,
             dtype=self.models.dtype,
             best=best,
+            weights=weights,
             model_card=model_card(metadata),
         )
 
     def _trainer_state(self, stage: Stage) -> dict[str, Any]:
+        sharded, optimizer = is_sharded(stage.trainable), stage.optimizer
         return {
-            "optimizer": stage.optimizer.state_dict(),
+            "optimizer": whole_optimizer_state(optimizer, self.ranks) if sharded else optimizer.state_dict(),
             "schedule": stage.schedule.state_dict(),
             "scaler": stage.scaler.state_dict() if stage.scaler is not None else None,
             "loader": self.progress.loader,
@@ -247,16 +285,22 @@ class Session:
         """Parameters that `model.safetensors` rounds to `--dtype` (float16 keeps float32 parameters)."""
         assert self.models is not None
         named = self.models.student.named_parameters()
-        return {n: p.detach() for n, p in named if p.dtype != self.models.dtype}
+        exact = {n: p.detach() for n, p in named if p.dtype != self.models.dtype}
+        return whole_weights(exact, {}, first=self.ranks.is_first) if is_sharded(self.models.student) else exact
 
     @torch.no_grad()
     def _restore_weights(self, weights: dict[str, torch.Tensor]) -> None:
         assert self.models is not None
         named = dict(self.models.student.named_parameters())
         for name, value in weights.items():
-            named[name].copy_(value)
+            copy_rows(named[name], value)
 
     def close(self) -> None:
         """Wait for the checkpoint in flight and close the tracker."""
         self.store.wait()
         self.tracker.close()
+
+
+def sequences_a_step(flags: dict[str, Any], ranks: int) -> int:
+    """Sequences of an optimizer step, over all ranks."""
+    return flags["batch_size"] * flags["grad_accumulation_steps"] * ranks

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+import parallel
 from acceleration import UpdateInBackward, accelerate
 from arguments import UserError
 from data import SourceSpec, build_loader, estimate_steps_per_epoch
@@ -29,13 +30,14 @@ from model_utils import (
     is_distilled,
     load_config,
     share_frozen_weights,
-    teacher_hidden,
     transfer_teacher_weights,
 )
 from models import LlambaConfig, LlambaForCausalLM
 from mohawk import AlignmentStep, trained_mixers
 from optimizer import build_optimizer, build_schedule
-from trainer import DeviceBatch, DistillationStep, Stage, kd_micro_step
+from parallel import Ranks
+from teacher import HostTeacher, OwnTeacher
+from trainer import DistillationStep, Stage, kd_micro_step
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,8 @@ class Models:
     device: torch.device
     teacher_device: torch.device
     dtype: torch.dtype
+    step: Any = None  # the student with its loss; from `distribute` on under DDP or FSDP2
+    hidden_states: Any = None  # where the teacher's come from (teacher.py)
 
 
 @dataclass
@@ -60,9 +64,10 @@ class Inputs:
 
     tokenizer: Any
     estimate: MemoryEstimate | None  # of a training step on a GPU
+    parallel: str = "none"  # or ddp, fsdp
 
 
-def check_inputs(args: argparse.Namespace, student_source: str) -> Inputs:
+def check_inputs(args: argparse.Namespace, student_source: str, ranks: Ranks) -> Inputs:
     """What can be wrong with the models, found from their configurations alone, and what they will take."""
     local = args.local_files_only
     teacher = load_config(args.teacher_model, local_files_only=local)
@@ -77,15 +82,19 @@ def check_inputs(args: argparse.Namespace, student_source: str) -> Inputs:
         student = load_config(student_source, config_class=LlambaConfig, local_files_only=local)
         check_pair(student, teacher, student_source)
     check_layers(args.layers, teacher.num_hidden_layers)
-    estimate = None
+    estimate, free = None, None
     if args.device.startswith("cuda"):
         free, total = torch.cuda.mem_get_info(args.device)
         estimate = estimate_memory(teacher, student, args, free)
         log.info("estimated peak of a step: %s; free %.1f of %.1f GiB", estimate.describe(), free / GIB, total / GIB)
-    return Inputs(get_tokenizer(args.teacher_model, local_files_only=local), estimate)
+    way = parallel.choose_parallel(args, ranks, estimate.needed if estimate else None, free)
+    if way == "fsdp" and estimate is not None and free is not None:
+        estimate = estimate_memory(teacher, student, args, free, shards=ranks.world_size)
+        log.info("sharded over %d ranks: %s", ranks.world_size, estimate.describe())
+    return Inputs(get_tokenizer(args.teacher_model, local_files_only=local), estimate, way)
 
 
-def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, devices: Any) -> Models:
+def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, devices: Any, ranks: Ranks) -> Models:
     """Load the pair and do the surgery, unless the student is a checkpoint that already had it."""
     (device, teacher_device), tokenizer = devices, inputs.tokenizer
     dtype = getattr(torch, args.dtype)
@@ -116,12 +125,57 @@ def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, 
     models = Models(teacher, student, tokenizer, device, teacher_device, dtype)
     on_cpu = "none" if args.gradient_checkpointing == "auto" else args.gradient_checkpointing
     accelerate(args, models, inputs.estimate.modes if inputs.estimate else on_cpu)
+    models.step = distillation_step(args, models)
+    models.hidden_states = hidden_states(args, models, ranks)
     return models
+
+
+def distillation_step(args: argparse.Namespace, models: Models) -> DistillationStep:
+    """The student with its loss, as one module."""
+    head = models.teacher.get_output_embeddings().weight.to(models.device) if args.kl_weight > 0 else None
+    return DistillationStep(
+        models.student,
+        head,
+        temperature=args.temperature,
+        kl_weight=args.kl_weight,
+        ce_weight=args.ce_weight,
+        compile=compiles(args),
+        autocast=torch.float16 if models.dtype == torch.float16 else None,
+    )
+
+
+def serves_host(args: argparse.Namespace, ranks: Ranks) -> bool:
+    """True where one teacher, on a device that is no rank's, serves all ranks of a host."""
+    return not ranks.alone and args.teacher_device is not None
+
+
+def hidden_states(args: argparse.Namespace, models: Models, ranks: Ranks) -> OwnTeacher | HostTeacher:
+    """Where the teacher's hidden states come from. A host's teacher moves to its device, and goes on other ranks."""
+    if not serves_host(args, ranks):
+        return OwnTeacher(models.teacher, models.device)
+    teacher: Any = models.teacher
+    place = torch.device(args.teacher_device)
+    if ranks.local_rank == 0:
+        teacher.to(place)
+    else:
+        teacher.model.layers = nn.ModuleList()
+    models.teacher_device = place
+    return HostTeacher(teacher, models.device, place, ranks)
+
+
+def distribute(args: argparse.Namespace, models: Models, way: str) -> None:
+    """Replicate or shard the pair for the KD stages, once; the alignment stages before them are replicated."""
+    if way == "ddp":
+        models.step = parallel.replicate(models.step)
+    elif way == "fsdp":
+        models.step = parallel.shard(models.step, models.device)
+        if isinstance(models.hidden_states, OwnTeacher):
+            parallel.shard_layers(models.hidden_states.backbone, models.teacher_device)
 
 
 def calibration_tokens(args: argparse.Namespace, name: str, tokenizer: Any) -> torch.Tensor:
     """A few sequences of a stage's own text, int64 [CALIBRATION_SEQUENCES, seq_length]."""
-    loader = make_loader(args, name, tokenizer)
+    loader = make_loader(args, name, tokenizer, Ranks())
     rows: list[torch.Tensor] = []
     for batch in loader:
         rows.extend(batch.tokens[:, :-1])
@@ -173,15 +227,15 @@ def source_spec(args: argparse.Namespace, name: str) -> SourceSpec:
     )
 
 
-def make_loader(args: argparse.Namespace, name: str, tokenizer: Any, *, rank: int = 0, world_size: int = 1) -> Any:
+def make_loader(args: argparse.Namespace, name: str, tokenizer: Any, ranks: Ranks) -> Any:
     """The loader of a stage; raises `UserError` if the source or its columns are not there, or it is empty."""
     return build_loader(
         source_spec(args, name),
         tokenizer,
         seq_length=args.matrix_seq_length if name == "matrix" else args.seq_length,
         batch_size=args.batch_size,
-        rank=rank,
-        world_size=world_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
         seed=args.seed + (1 if name == "stage2" else 0),
         epochs=args.epochs if name == "stage1" and args.epochs > 0 else None,
         document_reset=args.document_reset,
@@ -189,7 +243,7 @@ def make_loader(args: argparse.Namespace, name: str, tokenizer: Any, *, rank: in
     )
 
 
-def held_out_batches(args: argparse.Namespace, name: str, tokenizer: Any) -> Any:
+def held_out_batches(args: argparse.Namespace, name: str, tokenizer: Any, ranks: Ranks) -> Any:
     """One unshuffled pass over a held-out source; the same batches every time it is made."""
     spec = SourceSpec(
         name=name,
@@ -201,10 +255,18 @@ def held_out_batches(args: argparse.Namespace, name: str, tokenizer: Any) -> Any
         shuffle_buffer=0,
         local_files_only=args.local_files_only,
     )
-    return build_loader(spec, tokenizer, seq_length=args.seq_length, batch_size=args.batch_size, epochs=1)
+    return build_loader(
+        spec,
+        tokenizer,
+        seq_length=args.seq_length,
+        batch_size=args.batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        epochs=1,
+    )
 
 
-def total_steps(args: argparse.Namespace, name: str, tokenizer: Any, world_size: int = 1) -> int:
+def total_steps(args: argparse.Namespace, name: str, tokenizer: Any, world_size: int) -> int:
     """Optimizer steps of a stage; for `--epochs` from the hint, or estimated by sampling."""
     sequences = args.batch_size * args.grad_accumulation_steps * world_size
     if name == "stage2":
@@ -229,10 +291,11 @@ def _steps(tokens: int, tokens_per_step: int) -> int:
 
 
 def build_stage(
-    args: argparse.Namespace, name: str, models: Models, loader: Any, total: int, world_size: int = 1
+    args: argparse.Namespace, name: str, models: Models, loader: Any, total: int, ranks: Ranks, way: str = "none"
 ) -> Stage:
-    """A fresh stage: optimizer and schedule of its own, ready for `trainer.run_stage`."""
-    micro_step, module, prepare = _micro_step(args, name, models)
+    """A fresh stage: optimizer and schedule of its own, ready for `trainer.run_stage`; `way` is Inputs.parallel."""
+    distils = name in ("stage1", "stage2")
+    micro_step, module = distillation(args, models, way) if distils else alignment(args, name, models)
     rates = {"matrix": args.matrix_lr, "hidden": args.hidden_lr}
     max_lr = rates.get(name, args.max_lr)
     optimizer = build_optimizer(
@@ -252,8 +315,7 @@ def build_stage(
     )
     if args.update_in_backward:
         optimizer = UpdateInBackward(optimizer, args.grad_clip)  # type: ignore[assignment]
-    apart = models.device != models.teacher_device
-    return Stage(
+    stage = Stage(
         name=name,
         loader=loader,
         micro_step=micro_step,
@@ -264,12 +326,25 @@ def build_stage(
         accumulation=args.grad_accumulation_steps,
         grad_clip=args.grad_clip,
         device=models.device,
-        prepare=prepare if apart else None,
-        ahead=1 if apart else 0,
         scaler=torch.amp.GradScaler(models.device.type) if models.dtype == torch.float16 else None,
         open_ended=name == "stage1" and args.epochs > 0,
-        world_size=world_size,
+        ranks=ranks,
     )
+    stage.ahead = distils and args.kl_weight > 0 and models.hidden_states.ahead
+    if not ranks.alone:
+        synchronise(stage, models, way if distils else "none")
+    return stage
+
+
+def synchronise(stage: Stage, models: Models, way: str) -> None:
+    """Average gradients over ranks once an optimizer step: in its last backward pass, or after it ("none")."""
+    if way == "fsdp":
+        stage.synchronise = models.step.set_requires_gradient_sync
+    elif way == "ddp":
+        stage.synchronise = lambda last: setattr(models.step, "require_backward_grad_sync", last)
+        stage.finish_gradients = lambda: parallel.average_gradients([models.student.lm_head.weight])
+    else:
+        stage.finish_gradients = lambda: parallel.average_gradients(stage.parameters())
 
 
 def compiles(args: argparse.Namespace) -> bool:
@@ -277,36 +352,16 @@ def compiles(args: argparse.Namespace) -> bool:
     return args.device.startswith("cuda") and not args.no_compile
 
 
-def _micro_step(args: argparse.Namespace, name: str, models: Models) -> tuple[Any, nn.Module, Any]:
-    if name in ("matrix", "hidden"):
-        half = torch.float16 if models.dtype == torch.float16 else None
-        tokens = calibration_tokens(args, name, models.tokenizer)
-        align = AlignmentStep(name, models.teacher, models.student, tokens, autocast=half, compile=compiles(args))
-        return align, trained_mixers(models.student), None
-    forward = TeacherForward(models) if args.kl_weight > 0 else None
-    head = models.teacher.get_output_embeddings().weight.to(models.device) if forward else None
-    step = DistillationStep(
-        models.student,
-        head,
-        temperature=args.temperature,
-        kl_weight=args.kl_weight,
-        ce_weight=args.ce_weight,
-        compile=compiles(args),
-        autocast=torch.float16 if models.dtype == torch.float16 else None,
-    )
-    return kd_micro_step(step, forward), step, forward
+def alignment(args: argparse.Namespace, name: str, models: Models) -> tuple[Any, nn.Module]:
+    """(micro step, what it trains) of the "matrix" or "hidden" stage."""
+    half = torch.float16 if models.dtype == torch.float16 else None
+    tokens = calibration_tokens(args, name, models.tokenizer)
+    align = AlignmentStep(name, models.teacher, models.student, tokens, autocast=half, compile=compiles(args))
+    return align, trained_mixers(models.student)
 
 
-class TeacherForward:
-    """Runs the teacher for a batch and puts its hidden states beside it, on the student's device."""
-
-    def __init__(self, models: Models):
-        self.teacher = models.teacher
-        self.device, self.teacher_device = models.device, models.teacher_device
-
-    def __call__(self, batch: DeviceBatch) -> None:
-        inputs = batch.inputs.to(self.teacher_device, non_blocking=True)
-        positions = batch.position_ids
-        if positions is not None:
-            positions = positions.to(self.teacher_device, non_blocking=True)
-        batch.teacher_hidden = teacher_hidden(self.teacher, inputs, positions).to(self.device, non_blocking=True)
+def distillation(args: argparse.Namespace, models: Models, way: str) -> tuple[Any, nn.Module]:
+    """(micro step, what it trains) of the KD stages."""
+    if isinstance(models.step, DistillationStep) and not parallel.is_sharded(models.step):
+        distribute(args, models, way)
+    return kd_micro_step(models.step, models.hidden_states if args.kl_weight > 0 else None), models.step

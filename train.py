@@ -1,68 +1,80 @@
 """Distil a Llama teacher into a hybrid Mamba-2 student. `python train.py --help` lists every flag."""
 
 import argparse
+import contextlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from arguments import UserError, parse_arguments, validate
-from run_control import mask_secrets
+from arguments import UserError, complain, parse_arguments, validate
 
 log = logging.getLogger("train")
+RANK_LOST = 5  # exit status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with command-line flags; returns the exit status.
 
     0: finished. 2: a user's mistake, in one line. 3: out of memory. 4: training or its data broke down, with a
-    checkpoint of the last good state. 128+N: stopped by signal N, with a checkpoint.
+    checkpoint of the last good state. 5: another rank is gone. 128+N: stopped by signal N, with a checkpoint.
     """
     args = parse_arguments(argv)
     try:
         validate(args)
-        return distill(args)
+        from parallel import launched
+
+        with launched(args.device) as ranks:
+            status = distill(args, ranks)
+            if status == RANK_LOST:
+                logging.shutdown()
+                os._exit(status)  # leaving in good order would wait for the rank that is gone
+            return status
     except UserError as error:
-        print(f"error: {mask_secrets(str(error))}", file=sys.stderr)
+        complain(str(error))
         return 2
 
 
-def distill(args: argparse.Namespace) -> int:
-    """Parse -> check -> build -> stages -> close."""
-    from pathlib import Path
-
+def distill(args: argparse.Namespace, ranks: Any) -> int:
+    """Check -> build -> stages -> close."""
     import stages
     from run_control import RunLock, StopSignals
     from session import Session
     from trainer import run_stage
-    from utils import check_device, enable_determinism, seed_everything, setup_logging
+    from utils import check_devices, enable_determinism, seed_everything, setup_logging
 
-    setup_logging(args.log_file)
-    devices = check_device(args.device), check_device(args.teacher_device or args.device)
+    setup_logging(args.log_file, rank=ranks.rank)
+    devices = ranks.together(lambda: check_devices(args, ranks))
     if args.deterministic:
         enable_determinism()
     seed_everything(args.seed)
-    with RunLock(Path(args.output_dir)), StopSignals() as signals:
+    with contextlib.ExitStack() as held:
+        lock = RunLock(Path(args.output_dir))
+        ranks.first(lambda: held.enter_context(lock) and None)
+        signals = held.enter_context(StopSignals())
         signals.leave_at_once = True  # nothing to save before the first step
-        session = Session(args, signals)
+        session = Session(args, signals, ranks)
         try:
             if session.finished:
                 log.info("%s holds a finished run: nothing to do", args.output_dir)
                 return 0
-            inputs = stages.check_inputs(args, session.student_source)
+            inputs = ranks.together(lambda: stages.check_inputs(args, session.student_source, ranks))
             session.estimate, tokenizer = inputs.estimate, inputs.tokenizer
             names = session.stages_left(stages.stage_names(args))
-            loaders = {name: stages.make_loader(args, name, tokenizer) for name in names}
-            session.models = stages.build_models(args, session.student_source, inputs, devices)
+            loaders = ranks.together(lambda: {n: stages.make_loader(args, n, tokenizer, ranks) for n in names})
+            build = lambda: stages.build_models(args, session.student_source, inputs, devices, ranks)  # noqa: E731
+            session.models = ranks.together(build)
             session.begin()
             signals.leave_at_once = False
             for name in names:
                 total = session.total_steps(name, tokenizer)
-                stage = stages.build_stage(args, name, session.models, loaders[name], total)
+                stage = stages.build_stage(args, name, session.models, loaders[name], total, ranks, inputs.parallel)
                 session.enter(stage)
                 log.info("%s: %d optimizer steps", name, stage.total_steps)
                 if not run_stage(stage, session.progress, session.services()):
-                    return signals.exit_code
+                    return max(ranks.gather(signals.exit_code))
             session.save_final()
         except Exception as error:
             return failure_status(error, args, session)
@@ -74,15 +86,20 @@ def distill(args: argparse.Namespace) -> int:
 
 def failure_status(error: Exception, args: argparse.Namespace, session: Any) -> int:
     """One line for what a run cannot go on from, and its exit status; anything unexpected is raised again."""
+    from parallel import is_loss_of_rank
     from text_sources import DataStreamLost
-    from trainer import TooManyBadSteps
+    from trainer import AnotherRankStopped, TooManyBadSteps
 
     if is_out_of_memory(error):
         log.error(memory_advice(args, session))
         return 3
-    if isinstance(error, TooManyBadSteps | DataStreamLost):
+    if isinstance(error, TooManyBadSteps | DataStreamLost | AnotherRankStopped):
         log.error("stopped, with a checkpoint: %s", error)
         return 4
+    if not session.ranks.alone and is_loss_of_rank(error):
+        saved = session.store.folder.complete()
+        log.error("another rank is gone; the last checkpoint is %s", saved[0].name if saved else "none yet")
+        return RANK_LOST
     raise error
 
 

@@ -11,7 +11,6 @@ import itertools
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -21,6 +20,7 @@ from torch import nn
 
 from losses import KDTerms, chunked_kd_loss
 from optimizer import clip_and_step
+from parallel import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +29,10 @@ Sums = dict[str, torch.Tensor]
 
 class TooManyBadSteps(RuntimeError):
     """`--max_bad_steps` optimizer steps in a row had a non-finite loss or gradient."""
+
+
+class AnotherRankStopped(RuntimeError):
+    """A failure on another rank ends the run on this one too, after saving together."""
 
 
 @dataclass
@@ -72,14 +76,12 @@ class Stage:
     accumulation: int = 1
     grad_clip: float = 1.0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    prepare: Callable[["DeviceBatch"], None] | None = None  # starts work for a batch ahead of its micro step
-    ahead: int = 0  # batches prepared before their turn (1 with a teacher on a device of its own)
+    ahead: bool = False  # the next batch is there, too, when a micro step begins: its teacher may start on it
     scaler: Any = None  # torch.amp.GradScaler under float16
     open_ended: bool = False  # the loader's end, not total_steps, ends the stage (--epochs)
-    world_size: int = 1
-    reduce_sums: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums  # over ranks
-    synchronise: Callable[[bool], None] = lambda last: None  # gradients are reduced in the last micro step
-    finish_gradients: Callable[[], None] = lambda: None  # before clipping: reduce what no wrapper reduces
+    ranks: Ranks = field(default_factory=Ranks)
+    synchronise: Callable[[bool], None] = lambda last: None  # gradients are averaged in the last micro step
+    finish_gradients: Callable[[], None] = lambda: None  # before clipping: average what no wrapper averages
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in self.trainable.parameters() if p.requires_grad]
@@ -98,12 +100,12 @@ class Services:
     log_interval: int = 1
     eval_interval: int = 0
     max_bad_steps: int = 10
-    save_before_raising: tuple[type[BaseException], ...] = (TooManyBadSteps,)
+    save_before_raising: tuple[type[BaseException], ...] = (TooManyBadSteps, AnotherRankStopped)
 
 
 @dataclass
 class DeviceBatch:
-    """A `data.Batch` on the student's device, with what `Stage.prepare` has put beside it."""
+    """A `data.Batch` on the student's device, with what the teacher has put beside it."""
 
     inputs: torch.Tensor  # int64 [b, t]
     labels: torch.Tensor  # int64 [b, t]
@@ -111,7 +113,11 @@ class DeviceBatch:
     position_ids: torch.Tensor | None  # int64 [b, t]
     document_ids: list[str]
     loader_state: dict[str, Any]  # the loader's state after this batch
+    source: Any = None  # the `data.Batch` on the host
+    following: "DeviceBatch | None" = None  # the next one, with `Stage.ahead`
     teacher_hidden: torch.Tensor | None = None  # [b, t, d]
+    ready: Any = None  # what to wait for before teacher_hidden is used
+    kept: Any = None  # memory that must not be given back before then
 
 
 class DistillationStep(nn.Module):
@@ -150,6 +156,8 @@ class DistillationStep(nn.Module):
         """Loss terms of one batch (see `losses.chunked_kd_loss`); inputs, labels int64 [b, t]."""
         with torch.autocast(inputs.device.type, self.autocast, enabled=self.autocast is not None):
             hidden = self.student.backbone(inputs, position_ids=position_ids).last_hidden_state
+        if hasattr(self.student.lm_head, "unshard"):  # FSDP2 does so for a module's own forward, which is not used
+            self.student.lm_head.unshard()
         head = self.student.lm_head.weight
         return chunked_kd_loss(
             hidden,
@@ -176,13 +184,17 @@ class DistillationStep(nn.Module):
         return head.grad
 
 
-def kd_micro_step(step: nn.Module, teacher_forward: Callable[[DeviceBatch], None] | None):
-    """The micro step of the KD stages: teacher forward (unless it ran ahead), student forward, loss, backward."""
+def kd_micro_step(step: nn.Module, teacher: Any):
+    """The micro step of the KD stages: the teacher (also for the batch that follows), student, loss, backward."""
 
     def micro_step(batch: DeviceBatch, grad_scale: torch.Tensor) -> Sums:
-        if teacher_forward is not None and batch.teacher_hidden is None:
-            teacher_forward(batch)
-        terms = step(batch.inputs, batch.labels, batch.valid, batch.position_ids, batch.teacher_hidden, grad_scale)
+        hidden = None
+        if teacher is not None:
+            for coming in (batch, batch.following):
+                if coming is not None and coming.teacher_hidden is None:
+                    teacher.prepare(coming)
+            hidden = teacher.finish(batch)
+        terms = step(batch.inputs, batch.labels, batch.valid, batch.position_ids, hidden, grad_scale)
         terms.loss.backward()
         return {
             "loss": terms.loss_sum,
@@ -195,19 +207,23 @@ def kd_micro_step(step: nn.Module, teacher_forward: Callable[[DeviceBatch], None
 
 
 def feed(stage: Stage) -> Generator[DeviceBatch]:
-    """Batches on the stage's device, `stage.ahead` of them prepared before their turn.
+    """Batches on the stage's device; with `stage.ahead` each comes with the one that follows it.
 
     Each carries the loader's state after it, so that looking ahead never moves a checkpoint's position.
     """
-    queue: deque[DeviceBatch] = deque()
     pin = stage.device.type == "cuda"
-    for batch in stage.loader:
-        queue.append(to_device(batch, stage.device, stage.loader.state_dict(), non_blocking=pin))
-        if stage.prepare is not None:
-            stage.prepare(queue[-1])
-        if len(queue) > stage.ahead:
-            yield queue.popleft()
-    yield from queue
+    waiting: DeviceBatch | None = None
+    for source in stage.loader:
+        batch = to_device(source, stage.device, stage.loader.state_dict(), non_blocking=pin)
+        if not stage.ahead:
+            yield batch
+            continue
+        if waiting is not None:
+            waiting.following = batch
+            yield waiting
+        waiting = batch
+    if waiting is not None:
+        yield waiting
 
 
 def to_device(batch: Any, device: torch.device, state: dict[str, Any], *, non_blocking: bool) -> DeviceBatch:
@@ -221,6 +237,7 @@ def to_device(batch: Any, device: torch.device, state: dict[str, Any], *, non_bl
         position_ids=None if positions is None else positions.to(device, non_blocking=non_blocking),
         document_ids=batch.document_ids,
         loader_state=state,
+        source=batch,
     )
 
 
@@ -242,9 +259,10 @@ def run_stage(stage: Stage, progress: Progress, services: Services) -> bool:
     watch = BadStepWatch(progress, services.max_bad_steps)
     parameters = stage.parameters()
     batches = feed(stage)
+    coming = AgreedWindows(stage, batches, services)
     try:
-        for window in windows(batches, stage.accumulation) if not _finished(stage, progress) else ():
-            sums = accumulate(stage, window, services.stop_requested)
+        for window in coming if not _finished(stage, progress) else ():
+            sums = accumulate(stage, window, coming.stop_within)
             if sums is None:  # a signal in mid-window: its partial gradients are dropped
                 break
             stage.finish_gradients()
@@ -258,9 +276,9 @@ def run_stage(stage: Stage, progress: Progress, services: Services) -> bool:
             if progress.optimizer_step % services.log_interval == 0:
                 services.log_metrics(progress, meter.read())
             meter.pause(lambda: _evaluate(services, progress))
-            if services.stop_requested() or _finished(stage, progress):
+            if _finished(stage, progress):
                 break
-            if services.save_due(progress) or services.save_requested():
+            if stage.ranks.agree(services.save_due(progress) or services.save_requested())[0]:
                 _save(stage, progress, services, meter, watch)
         watch.flush()
     except services.save_before_raising:
@@ -270,17 +288,51 @@ def run_stage(stage: Stage, progress: Progress, services: Services) -> bool:
     finally:
         batches.close()
     stage.optimizer.zero_grad(set_to_none=True)
-    progress.stage_done = _finished(stage, progress) or not services.stop_requested()
+    progress.stage_done = _finished(stage, progress) or not coming.stopped
     if progress.stage_done and meter.steps:
         services.log_metrics(progress, meter.read())
     _save(stage, progress, services, meter, watch)
     return progress.stage_done
 
 
+class AgreedWindows:
+    """Windows of micro batches until any rank has none left, fails to get one, or is asked to stop: all end then."""
+
+    def __init__(self, stage: Stage, batches: Iterable[DeviceBatch], services: Services):
+        self.ranks, self.services = stage.ranks, services
+        self.windows = windows(batches, stage.accumulation)
+        self.stopped = False
+
+    def __iter__(self) -> Iterator[list[DeviceBatch]]:
+        while True:
+            window, failure = None, None
+            try:
+                window = next(self.windows, None)
+            except self.services.save_before_raising as error:
+                failure = error
+            stop, over, failed = self.ranks.agree(
+                self.services.stop_requested(), window is None, failure is not None
+            )
+            if failed:
+                raise failure or AnotherRankStopped("the run stops with a failure on another rank")
+            self.stopped = stop
+            if stop or over or window is None:
+                return
+            yield window
+
+    def stop_within(self) -> bool:
+        """True where a window may be left at once: on one rank, once a signal came."""
+        self.stopped = self.stopped or (self.ranks.alone and self.services.stop_requested())
+        return self.stopped
+
+
 def accumulate(stage: Stage, window: list[DeviceBatch], stop: Callable[[], bool]) -> Sums | None:
-    """Forward and backward of one window; returns its summed figures, or None when asked to stop within it."""
+    """Forward and backward of one window; returns its summed figures, or None when asked to stop within it.
+
+    What reduces gradients takes their mean over ranks, hence the factor of the number of ranks.
+    """
     tokens = torch.stack([batch.valid.sum() for batch in window]).sum().float()
-    scale = 1.0 / stage.reduce_sums(tokens).clamp(min=1.0)
+    scale = stage.ranks.world_size / stage.ranks.sum(tokens).clamp(min=1.0)
     if stage.scaler is not None:
         scale = scale * stage.scaler.scale(torch.ones_like(scale))
     total: Sums = {"tokens": tokens}
@@ -304,7 +356,7 @@ class Meter:
 
     def __init__(self, progress: Progress, stage: Stage):
         self.progress, self.stage = progress, stage
-        self.sums: dict[str, Any] = dict(progress.meter)
+        self.sums: dict[str, Any] = self._own_share(progress.meter)
         self.rate = 0.0
         self.restart()
 
@@ -319,8 +371,8 @@ class Meter:
         for name, value in step.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().double()
         for name, value in (("loss_max", sums["loss"] / sums["tokens"].clamp(min=1.0)), ("grad_norm_max", norm)):
-            value = value.detach().double()
-            self.sums[name] = torch.maximum(value, torch.full_like(value, self.sums.get(name, -math.inf)))
+            value, before = value.detach().double(), self.sums.get(name, -math.inf)
+            self.sums[name] = torch.maximum(value, before) if torch.is_tensor(before) else value.clamp(min=before)
         self.rate = rate
         self.steps += 1
 
@@ -331,22 +383,28 @@ class Meter:
         self.since += time.perf_counter() - began
 
     def totals(self) -> dict[str, float]:
-        """The sums as plain numbers (waits for the device), so that a checkpoint can hold them."""
+        """The sums over all ranks as plain numbers (waits for the device), so that a checkpoint can hold them."""
         names = list(self.sums)
-        values = [torch.as_tensor(self.sums[name], dtype=torch.float64) for name in names]
-        if values:
-            device = next((value.device for value in values if value.device.type != "cpu"), values[0].device)
-            values = torch.stack([value.to(device) for value in values]).tolist()
-        self.sums = dict(zip(names, values))
-        return dict(self.sums)
+        if not names:
+            return {}
+        given = [torch.as_tensor(self.sums[name], dtype=torch.float64) for name in names]
+        values = torch.stack([value.to(self.stage.device) for value in given])
+        shared = torch.tensor([name not in OWN_FIGURES for name in names])
+        values = torch.where(shared.to(values.device), self.stage.ranks.sum(values), values)
+        totals = dict(zip(names, values.tolist()))
+        self.sums = self._own_share(totals)
+        return totals
+
+    def _own_share(self, totals: dict[str, float]) -> dict[str, Any]:
+        """What this rank goes on from, so that sums over ranks stay what they are."""
+        if self.stage.ranks.is_first:
+            return dict(totals)
+        return {name: value if name in OWN_FIGURES else 0.0 for name, value in totals.items()}
 
     def read(self) -> dict[str, Any]:
         """The figures of a log line; starts the next interval."""
-        shared = [name for name in self.sums if name not in OWN_FIGURES]
-        if self.stage.world_size > 1:
-            stacked = torch.stack([torch.as_tensor(self.sums[name]).to(self.stage.device) for name in shared])
-            self.sums |= dict(zip(shared, self.stage.reduce_sums(stacked).unbind()))
         sums = self.totals()
+        shared = [name for name in sums if name not in OWN_FIGURES]
         tokens, steps = max(sums["tokens"], 1.0), max(sums["steps"], 1.0)
         elapsed = time.perf_counter() - self.since
         figures: dict[str, Any] = {
@@ -368,7 +426,7 @@ class Meter:
             "perf/step_seconds": seconds,
             "perf/eta_seconds": max(total - done, 0) * seconds,
             "perf/peak_memory_gib": peak_memory_gib(self.stage.device),
-            "data/wait_seconds": (self.stage.loader.waited_seconds - self.waited) / max(self.steps, 1),
+            **self._waiting(),
             "stage": self.progress.stage,
             "stage_step": done,
             "stage_total": total,
@@ -376,6 +434,13 @@ class Meter:
         self.sums = {}
         self.restart()
         return figures
+
+    def _waiting(self) -> dict[str, float]:
+        """Seconds a step of waiting for data: the slowest rank's, and each rank's where there are several."""
+        own = (self.stage.loader.waited_seconds - self.waited) / max(self.steps, 1)
+        every = self.stage.ranks.gather(own)
+        each = {f"data/wait_seconds_rank_{rank}": seconds for rank, seconds in enumerate(every)}
+        return {"data/wait_seconds": max(every), **(each if len(every) > 1 else {})}
 
 
 class BadStepWatch:
@@ -431,7 +496,7 @@ def _advance(progress: Progress, stage: Stage, window: list[DeviceBatch]) -> Non
     progress.optimizer_step += 1
     progress.stage_step += 1
     progress.micro_step += len(window)
-    tokens = sum(batch.inputs.numel() for batch in window) * stage.world_size
+    tokens = sum(batch.inputs.numel() for batch in window) * stage.ranks.world_size
     progress.tokens += tokens
     progress.stage_tokens += tokens
     progress.loader = window[-1].loader_state

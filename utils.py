@@ -30,11 +30,14 @@ class BarAwareHandler(logging.StreamHandler):
             super().emit(record)
 
 
-def setup_logging(log_file: str | None, *, main_process: bool = True) -> None:
-    """Time-stamped, flushed lines on stdout and in `log_file`; other ranks than the first only warn.
+def setup_logging(log_file: str | None, *, rank: int = 0) -> None:
+    """Time-stamped, flushed lines on stdout and in `log_file`; other ranks than the first only warn, by number.
 
     An error that nothing catches goes there too, so that its traceback is masked like every line.
     """
+    main_process = rank == 0
+    if not (main_process and sys.stderr.isatty()):
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' too: a log stays clean lines
     handlers: list[logging.Handler] = [BarAwareHandler(sys.stdout)]
     if log_file and main_process:
         Path(log_file).expanduser().parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +46,7 @@ def setup_logging(log_file: str | None, *, main_process: bool = True) -> None:
         handler.addFilter(MaskingFilter())
     logging.basicConfig(
         level=logging.INFO if main_process else logging.WARNING,
-        format="%(asctime)s %(message)s",
+        format="%(asctime)s %(message)s" if main_process else f"%(asctime)s rank {rank}: %(message)s",
         datefmt="%Y-%m-%d %H:%M:%S",
         handlers=handlers,
         force=True,
@@ -63,6 +66,31 @@ def check_device(name: str) -> torch.device:
         there = f"cuda:0 to cuda:{count - 1}" if count else "none; use --device cpu"
         raise UserError(f"--device {name}: this machine has no such CUDA device (there: {there})")
     return device
+
+
+def check_devices(args: Any, ranks: Any) -> tuple[torch.device, torch.device]:
+    """(student's device, the one that the teacher is loaded on); under torchrun `args.device` becomes the rank's own.
+
+    A `--teacher_device` under torchrun serves all ranks of a host, so no rank may have it for its student.
+    """
+    args.device = ranks.device(args.device)
+    own = check_device(args.device)
+    if args.teacher_device is None:
+        return own, own
+    theirs = check_device(args.teacher_device)
+    if ranks.alone:
+        return own, theirs
+    if theirs.type == "cuda" and (theirs.index or 0) < ranks.local_world_size:
+        raise UserError(
+            f"--teacher_device {args.teacher_device} is a student's device under torchrun; name one from "
+            f"cuda:{ranks.local_world_size} on, or leave it out for a teacher on every rank"
+        )
+    if args.matrix_tokens or args.hidden_tokens:
+        raise UserError(
+            f"--teacher_device {args.teacher_device}: the alignment stages need a teacher on every rank; "
+            "leave it out"
+        )
+    return own, own
 
 
 def seed_everything(seed: int) -> None:
