@@ -213,10 +213,15 @@ class Session:
 
         Asked after each optimizer step; after a stage's first, memory for its snapshots is taken in the background.
         """
-        if self.unprepared is not None and self.models is not None and not is_sharded(self.models.student):
-            state, student = self._trainer_state(self.unprepared), self.models.student
+        stage, self.unprepared = self.unprepared, None
+        if (
+            stage is not None
+            and self.models is not None
+            and self.ranks.is_first
+            and not is_sharded(self.models.student)
+        ):
+            state, student = self._trainer_state(stage), self.models.student
             self.store.prepare(model=student, trainer_state=state, frozen=frozen_names(student))
-            self.unprepared = None
         return progress.micro_step - self.micro_steps_saved >= self.args.save_interval or self.clock.due()
 
     def save(self, progress: Progress, stage: Stage) -> None:

@@ -10,7 +10,6 @@ are neither trained on nor calibrated on (as far as the text goes). Rows differ 
 
 import argparse
 import json
-import logging
 import sys
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ import arguments
 import stages
 from initialization import SILU_IS_ONE, calibrate_mixers, student_from_teacher, visit_layers
 from model_utils import get_teacher_model, get_tokenizer
+from parallel import Ranks
 from trainer import Progress, Services, run_stage
 from utils import seed_everything
 
@@ -149,8 +149,8 @@ def align(student: Any, flags: argparse.Namespace, teacher: Any, tokenizer: Any,
     """Run the hidden stage; returns the largest and the last loss of its steps."""
     device = torch.device(flags.device)
     models = stages.Models(teacher, student, tokenizer, device, device, getattr(torch, flags.dtype))
-    loader = stages.make_loader(flags, "hidden", tokenizer)
-    stage = stages.build_stage(flags, "hidden", models, loader, steps)
+    loader = stages.make_loader(flags, "hidden", tokenizer, Ranks())
+    stage = stages.build_stage(flags, "hidden", models, loader, steps, Ranks())
     losses: list[float] = []
     progress = Progress()
     progress.begin("hidden", steps)
@@ -164,7 +164,6 @@ def align(student: Any, flags: argparse.Namespace, teacher: Any, tokenizer: Any,
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     args = parse(argv)
-    logging.disable(logging.WARNING)
     teacher = get_teacher_model(args.teacher_model, dtype=getattr(torch, args.dtype), device=args.device)
     tokenizer = get_tokenizer(args.teacher_model)
     names = list(STARTS) if args.starts is None else [list(STARTS)[index] for index in args.starts]
