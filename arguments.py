@@ -31,8 +31,10 @@ class Parser(argparse.ArgumentParser):
 
 def complain(message: str) -> None:
     """A user's mistake in one line on stderr; under torchrun the first rank speaks for all."""
+    from run_control import mask_secrets
+
     if os.environ.get("RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {mask_secrets(message)}", file=sys.stderr)
 
 
 def whole(minimum: int, maximum: int = 2**63 - 1):
@@ -247,7 +249,9 @@ def build_parser() -> Parser:
     return parser
 
 
-# Flags that do not change what is computed: a resumed run may change them freely.
+# Flags that do not change what is computed: a resumed run may change them freely. Of these device, no_compile,
+# gradient_checkpointing and deterministic may change how it is rounded: whoever ran out of memory must be able to go
+# on with more recomputation, so this is allowed, but only the same choice resumes bit for bit.
 FREE_FLAGS = frozenset(
     "device teacher_device parallel no_compile gradient_checkpointing log_interval log_file wandb wandb_project "
     "wandb_run_name wandb_entity wandb_mode eval_interval eval_dataset eval_tokens "
@@ -270,8 +274,9 @@ def validate(args: argparse.Namespace) -> None:
         )
     if args.kl_weight == 0 and args.ce_weight == 0:
         raise UserError("--kl_weight 0 and --ce_weight 0 leave no loss; set one of them above 0")
-    if args.min_lr > args.max_lr:
-        raise UserError(f"--min_lr {args.min_lr:g} is above --max_lr {args.max_lr:g}; lower it")
+    for flag, used in (("max_lr", True), ("matrix_lr", args.matrix_tokens), ("hidden_lr", args.hidden_tokens)):
+        if used and args.min_lr > getattr(args, flag):
+            raise UserError(f"--min_lr {args.min_lr:g} is above --{flag} {getattr(args, flag):g}; lower it")
     if auto_layers(args.layers) is not None and len(args.layers) > 1:
         raise UserError(f"--layers {' '.join(map(str, args.layers))}: auto:K stands alone; leave the others out")
     if args.eval_interval and not args.eval_dataset:

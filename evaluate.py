@@ -45,7 +45,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def held_out_figures(
-    student: Any, teacher: Any, batches: Iterable[Any], tokens: int, device: Any
+    student: Any,
+    teacher: Any,
+    batches: Iterable[Any],
+    tokens: int,
+    device: Any,
 ) -> dict[str, float]:
     """`figures_of` a student and a teacher that are whole models on this process' devices."""
     import torch
@@ -85,13 +89,18 @@ def figure_sums(terms: Any, theirs: Any, teacher_head: Any, labels: Any, valid: 
 
 
 def figures_of(
-    sums_of: Callable[[Any], Any], batches: Iterable[Any], tokens: int, over_ranks: Callable[[Any], Any] | None = None
+    sums_of: Callable[[Any], Any],
+    batches: Iterable[Any],
+    tokens: int,
+    over_ranks: Callable[[Any], Any] | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """KL(teacher || student) at temperature 1, top-1 agreement and both perplexities over at least `tokens` tokens.
 
     `batches` yields `data.Batch`, of which `sums_of` gives `figure_sums` (only valid positions count); `over_ranks`
     adds those of all ranks. Returns kl (nats a token), top1_agreement (0 to 1), student_perplexity,
-    teacher_perplexity, perplexity_ratio, tokens. Raises `UserError` where there is no token.
+    teacher_perplexity, perplexity_ratio, tokens; nothing once `stop()` says so. Raises `UserError` where there is no
+    token.
     """
     import torch
 
@@ -100,6 +109,8 @@ def figures_of(
         for batch in batches:
             row = sums_of(batch)
             sums += row if over_ranks is None else over_ranks(row)
+            if stop():
+                return {}
             if sums[4] >= tokens:
                 break
     kl, agree, ours_ce, theirs_ce, count = sums.tolist()

@@ -8,6 +8,10 @@ close to un-decayed linear attention and finite:
 * convolution: the identity (its last tap 1), with the biases of q, k and v as its bias;
 * gate: zero weights and z_bias = 1.2785, where silu is 1, so that the gate starts open and exactly neutral;
 * D: zero, since attention has no skip of its own;
+* biases: those of q, k and v go into the convolution's, that of the output projection (`attention_bias`) into
+  out_proj's, for which in_proj gets one too, of zeros;
+* norms of queries and keys (Qwen3): their weights are folded into C and B; dividing each token's query and key by its
+  size has no place in a mixer, nor have rotary positions and a sliding window;
 * C: queries times head_dim**-0.5, attention's own scale (`calibrate_mixers` fits the product of x, B and C);
 * A_log: it has no bias, so zero weights give a decay of 0.5 a token (softplus(0) = log 2). `calibrate_mixers` puts
   a row along the mean of the layer's normalised inputs, which makes the decay slow on real text.
@@ -55,7 +59,7 @@ def student_config(teacher: Any) -> LlambaConfig:
             "expand": expand,
             "chunk_size": 128,
             "activation": "identity",
-            "bias": False,
+            "bias": getattr(teacher, "attention_bias", False),  # of the output projection
         },
         bos_token_id=teacher.bos_token_id,
         eos_token_id=teacher.eos_token_id,
@@ -68,6 +72,11 @@ def student_from_teacher(teacher: Any, *, dtype: torch.dtype, device: torch.devi
     with torch.device(device):
         student: Any = LlambaForCausalLM(student_config(teacher.config))
         student.to(dtype)
+    if hasattr(teacher.model.layers[0].self_attn, "q_norm"):
+        log.warning(
+            "the teacher's norms of queries and keys have no place in a mixer: their weights are folded into C and "
+            "B, the division by each token's size is lost"
+        )
     for index, layer in enumerate(student.backbone.layers):
         start_mixer(layer.mixer, teacher.model.layers[index].self_attn, teacher.config)
     return student
@@ -79,30 +88,33 @@ def start_mixer(mixer: Any, attention: Any, config: Any) -> None:
 
     q_proj [H*P, d], k_proj and v_proj [KV*P, d], o_proj [d, H*P] -> in_proj rows (x, B, C, z, A_log), out_proj.
     """
-    heads = config.num_attention_heads
-    repeat = heads // config.num_key_value_heads
-    inner = attention.q_proj.weight.shape[0]
-    head_dim = inner // heads
-
-    def per_head(tensor: torch.Tensor) -> torch.Tensor:
-        grouped = tensor.unflatten(0, (config.num_key_value_heads, head_dim))
-        return grouped.repeat_interleave(repeat, 0).flatten(0, 1)
-
-    scale = head_dim**-0.5
-    weight = mixer.in_proj.weight
+    weight, inner = mixer.in_proj.weight, attention.q_proj.weight.shape[0]
     weight.zero_()
-    weight[:inner].copy_(per_head(attention.v_proj.weight))
-    weight[inner : 2 * inner].copy_(per_head(attention.k_proj.weight))
-    weight[2 * inner : 3 * inner].copy_(attention.q_proj.weight * scale)
+    weight[: 3 * inner].copy_(values_keys_queries(attention, config, "weight"))
     mixer.conv1d.weight.zero_()
     mixer.conv1d.weight[:, 0, -1] = 1.0
     mixer.conv1d.bias.zero_()
     if attention.q_proj.bias is not None:
-        biases = (per_head(attention.v_proj.bias), per_head(attention.k_proj.bias), attention.q_proj.bias * scale)
-        mixer.conv1d.bias.copy_(torch.cat(biases))
+        mixer.conv1d.bias.copy_(values_keys_queries(attention, config, "bias"))
     mixer.z_bias.fill_(SILU_IS_ONE)
     mixer.D.zero_()
     mixer.out_proj.weight.copy_(attention.o_proj.weight)
+    if attention.o_proj.bias is not None:
+        mixer.in_proj.bias.zero_()
+        mixer.out_proj.bias.copy_(attention.o_proj.bias)
+
+
+def values_keys_queries(attention: Any, config: Any, kind: str) -> torch.Tensor:
+    """Weights or biases of v, k and q as the mixer's x, B and C have them, [3*H*P, ...]: every head with its own."""
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    v, k, q = (getattr(projection, kind) for projection in (attention.v_proj, attention.k_proj, attention.q_proj))
+    v, k, q = (part.unflatten(0, (count, -1)) for part, count in ((v, groups), (k, groups), (q, heads)))
+    q = q * q.shape[1] ** -0.5
+    if hasattr(attention, "q_norm"):
+        q, k = (part * norm.weight.view(-1, *[1] * (part.ndim - 2)) for part, norm in
+                ((q, attention.q_norm), (k, attention.k_norm)))  # fmt: skip
+    v, k = (part.repeat_interleave(heads // groups, 0) for part in (v, k))
+    return torch.cat((v, k, q)).flatten(0, 1)
 
 
 @dataclass
@@ -139,17 +151,24 @@ def visit_layers(teacher: Any, inputs: torch.Tensor, positions: torch.Tensor | N
 
 @torch.no_grad()
 def calibrate_mixers(
-    student: Any, teacher: Any, tokens: torch.Tensor, *, half_life: float = 64.0
+    student: Any,
+    teacher: Any,
+    tokens: torch.Tensor,
+    *,
+    half_lives: tuple[float, float] = (64.0, 64.0),
+    split: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3),
+    per_head: bool = False,
 ) -> dict[int, float]:
     """Set each mixer's decay and the scale of its output on a few real sequences, tokens int64 [b, t].
 
     A_log's rows lie along the mean m of the normalised inputs, so that A_log is about `softplus^-1(ln 2 /
-    half_life)` on average (`half_life` in tokens). x, B and C each take the cube root of the least-squares factor
-    between the mixer's output and the attention's: with all of it in C, its weights would be so small that the first
+    half_life)` on average, with half lives (in tokens) spread evenly in their logarithm from the first head's to the
+    last's. The least-squares factor between the mixer's output and the attention's, one a layer or `per_head`, goes
+    into x, B and C with the exponents of `split`: with all of it in C, its weights would be so small that the first
     Adam step is many times their size (seen on SmolLM2-135M: loss 0.85 -> 17505 in one step at lr 7e-4, against
-    0.83 -> 2.1 this way). Returns the relative error of each mixer's output. Replaced layers take no part.
+    0.83 -> 2.1 with cube roots). `benchmarks/start.py` compares the choices. Returns the relative error of each
+    mixer's output. Replaced layers take no part.
     """
-    target = math.log(math.expm1(math.log(2.0) / half_life))
     errors: dict[int, float] = {}
     for visit in visit_layers(teacher.model, tokens):
         index, inputs, outputs = visit.index, visit.u, visit.attended
@@ -157,17 +176,46 @@ def calibrate_mixers(
             continue
         mixer = student.backbone.layers[index].mixer
         weight = mixer.in_proj.weight
-        inner, heads = mixer.d_inner, mixer.n_v_heads
         u = inputs.to(weight.device, weight.dtype)
         wanted = outputs.to(weight.device, torch.float32)
         mean = inputs.to(weight.device).float().mean(dim=(0, 1))
-        weight[-heads:].copy_((target / mean.square().sum() * mean).expand(heads, -1))
-        given = mixer(u).float()
-        factor = (given * wanted).sum() / given.square().sum().clamp(min=1e-20)
-        share = factor.clamp(min=1e-6) ** (1 / 3)
-        weight[: 3 * inner] *= share
-        mixer.conv1d.bias *= share
+        weight[-mixer.n_v_heads :].copy_(decay_rows(mean, mixer.n_v_heads, half_lives))
+        factor = head_factors(mixer, u, wanted, per_head)
+        size = factor.abs().clamp(min=1e-6)
+        scale = torch.cat([(size**exponent).repeat_interleave(mixer.d_head) for exponent in split])
+        scale[: mixer.d_inner] *= factor.sign().repeat_interleave(mixer.d_head)
+        weight[: len(scale)] *= scale[:, None]
+        mixer.conv1d.bias *= scale
         error = (mixer(u).float() - wanted).norm() / wanted.norm().clamp(min=1e-20)
         errors[index] = error.item()
     log.info("mixers calibrated: mean relative error %.3f", sum(errors.values()) / max(len(errors), 1))
     return errors
+
+
+def decay_rows(mean: torch.Tensor, heads: int, half_lives: tuple[float, float]) -> torch.Tensor:
+    """A_log's rows [H, d] along the mean input [d], for half lives from the first head's to the last's."""
+    first, last = (math.log(tokens) for tokens in half_lives)
+    lives = torch.linspace(first, last, heads, device=mean.device).exp()
+    return torch.log(torch.expm1(math.log(2.0) / lives))[:, None] * mean / mean.square().sum()
+
+
+def head_factors(mixer: Any, u: torch.Tensor, wanted: torch.Tensor, per_head: bool) -> torch.Tensor:
+    """Least-squares factors [H] of the heads' outputs against wanted [b, t, d]; one for all unless `per_head`.
+
+    The normal equations come from y^T y and W^T W, since the heads' parts of the output, H times as large as it,
+    would not fit at 8B.
+    """
+    seen: list[torch.Tensor] = []
+    hook = mixer.out_proj.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    mixer(u)
+    hook.remove()
+    y, weight = seen[0].flatten(0, 1).to(wanted.dtype), mixer.out_proj.weight.to(wanted.dtype)  # [b*t, I], [d, I]
+    if mixer.out_proj.bias is not None:
+        wanted = wanted - mixer.out_proj.bias
+    shape = (mixer.n_v_heads, mixer.d_head)
+    products = ((weight.T @ weight) * (y.T @ y)).unflatten(1, shape).sum(-1).unflatten(0, shape).sum(1)  # [H, H]
+    match = (y * (wanted.flatten(0, 1) @ weight)).sum(0).unflatten(0, shape).sum(-1)
+    if not per_head:
+        return (match.sum() / products.sum().clamp(min=1e-20)).expand(mixer.n_v_heads).clamp(min=1e-6)
+    ridge = 1e-4 * products.diagonal().mean() * torch.eye(mixer.n_v_heads, device=y.device, dtype=y.dtype)
+    return torch.linalg.solve(products + ridge, match)

@@ -250,7 +250,7 @@ def oom_advice(estimate: MemoryEstimate, args: argparse.Namespace) -> str:
     ranked = sorted(estimate.savings.items(), key=lambda item: -item[1])
     if args.gradient_checkpointing == "full":
         ranked = [item for item in ranked if "checkpointing" not in item[0]]
-    flags = "; ".join(f"{flag} (about {size / GIB:.1f} GiB)" for flag, size in ranked)
+    flags = "; ".join(f"{flag} (about {size / GIB:.1f} GiB)" for flag, size in ranked) or "a larger device"
     return f"out of memory on {args.device}; a step needs about {estimate.describe()}. What helps most first: {flags}"
 
 

@@ -161,8 +161,9 @@ def head_names(step: Any) -> list[str]:
 def replicate(step: Any) -> nn.Module:
     """A `DistillationStep` under DDP. The head's float32 gradient is not DDP's: see `average_gradients`."""
     ddp = nn.parallel.DistributedDataParallel
-    ddp._set_params_and_buffers_to_ignore_for_model(step, head_names(step))
-    return ddp(step, broadcast_buffers=False, gradient_as_bucket_view=True)
+    constant = [name for name, _ in step.named_buffers()]  # the same everywhere: not to be sent in every step
+    ddp._set_params_and_buffers_to_ignore_for_model(step, head_names(step) + constant)
+    return ddp(step, gradient_as_bucket_view=True)
 
 
 def shard(step: Any, device: torch.device) -> nn.Module:

@@ -33,6 +33,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.stopped_by: int | None = None
+        self.leave_at_once = False  # True while there is nothing to save: the first signal raises SystemExit(128+N)
         self._save_requested = False
         self._previous: dict[int, Any] = {}
         self._seen_by_handler: list[tuple[int, float]] = []
@@ -70,6 +71,8 @@ class StopSignals:
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         _exit_on_second(self._seen_by_handler, number)
+        if self.leave_at_once:
+            raise SystemExit(128 + number)
         if self.stopped_by is None:
             self.stopped_by = number
             name = signal.Signals(number).name

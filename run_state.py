@@ -1,6 +1,7 @@
 """What a resumed run reads from a checkpoint, and what it compares: trainer state, metadata, RNG, flags."""
 
 import random
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +71,14 @@ def set_rng_state(state: dict[str, Any]) -> None:
             torch.cuda.set_rng_state(cuda.cpu(), device)
 
 
-def changed_flags(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+def changed_flags(saved: dict[str, Any], current: dict[str, Any], ignore: Collection[str] = ()) -> list[str]:
     """Flags that change the result and differ: "--max_lr was 1e-05 and is 3e-05", in the order of their names.
 
     A flag that a checkpoint does not know yet was at its default.
     """
     parser, masked = build_parser(), mask_secrets(current)
     changed = []
-    for name in sorted(RESULT_FLAGS & current.keys()):
+    for name in sorted((RESULT_FLAGS & current.keys()).difference(ignore)):
         before = saved[name] if name in saved else mask_secrets({name: parser.get_default(name)})[name]
         if before != masked[name]:
             changed.append(f"--{name} was {_shown(before)} and is {_shown(masked[name])}")

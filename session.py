@@ -52,6 +52,7 @@ class Session:
         self.resumed_from = ranks.first(lambda: self.store.resolve(args.resume))
         self.micro_steps_saved = 0
         self.whole_frozen: dict[str, torch.Tensor] = {}  # of a sharded student, gathered once
+        self.unprepared: Stage | None = None  # a stage whose first save has no host memory yet
         wandb_id = self._read(self.resumed_from) if self.resumed_from is not None else None
         self.tracker = Tracker(
             self.output_dir,
@@ -70,7 +71,10 @@ class Session:
     def _read(self, folder: Path) -> str | None:
         """Take up a checkpoint: check its flags, read where it stands; returns its W&B run id."""
         metadata = read_metadata(folder)
-        changed = changed_flags(metadata["flags"], vars(self.args))
+        before = sequences_a_step(metadata["flags"], metadata.get("ranks", 1))
+        now = sequences_a_step(vars(self.args), self.ranks.world_size)
+        same_batch = ("batch_size", "grad_accumulation_steps") if before == now else ()
+        changed = changed_flags(metadata["flags"], vars(self.args), ignore=same_batch)
         if changed and not self.args.resume_force:
             raise UserError(
                 f"--resume: {folder} was made with other flags: {'; '.join(changed)} "
@@ -81,21 +85,14 @@ class Session:
             self.trainer_state = read_trainer_state(folder)
             self.progress = Progress(**metadata["progress"], loader=self.trainer_state["loader"])
             self.micro_steps_saved = self.progress.micro_step
-            self._compare_ranks(metadata.get("ranks", 1))
+            if before != now:
+                log.warning(
+                    "an optimizer step takes %d sequences from here on, not %d as before; no sequence is lost or "
+                    "repeated (--grad_accumulation_steps can keep their number when that of the ranks changes)",
+                    now, before,
+                )  # fmt: skip
             log.info("resuming %s: %s, step %d", folder, self.progress.stage, self.progress.optimizer_step)
         return metadata.get("wandb_run_id")
-
-    def _compare_ranks(self, before: int) -> None:
-        """A run may go on with any number of ranks; say what that does to its optimizer steps."""
-        now, args = self.ranks.world_size, self.args
-        if now == before:
-            return
-        sequences = args.batch_size * args.grad_accumulation_steps
-        log.warning(
-            "saved by %d ranks, going on with %d: an optimizer step takes %d sequences, not %d as before "
-            "(--grad_accumulation_steps with --resume_force keeps it); no sequence is lost or repeated",
-            before, now, sequences * now, sequences * before,
-        )  # fmt: skip
 
     @property
     def student_source(self) -> str:
@@ -132,6 +129,7 @@ class Session:
     def enter(self, stage: Stage) -> None:
         """Begin a stage anew, or put an interrupted one back where it stood."""
         self.tracker.summary({f"{stage.name}/steps": stage.total_steps})
+        self.unprepared = stage
         stage.loader.stop_requested = lambda: self.signals.stop_requested
         if self.progress.stage != stage.name or not self.trainer_state:
             self.progress.begin(stage.name, stage.total_steps)
@@ -176,6 +174,8 @@ class Session:
         )
 
     def log_metrics(self, progress: Progress, figures: dict[str, Any]) -> None:
+        if not figures:  # of an evaluation that was cut short
+            return
         if "train/loss" in figures:
             log.info(format_line(figures))
         elif "eval/kl" in figures:
@@ -192,7 +192,11 @@ class Session:
         assert self.models is not None
         args = self.args
         batches = held_out_batches(args, args.eval_dataset, self.models.tokenizer, self.ranks)
-        figures = figures_of(self._held_out_sums, batches, args.eval_tokens, self.ranks.sum)
+        stop = lambda: self.ranks.agree(self.signals.stop_requested)[0]  # noqa: E731
+        figures = figures_of(self._held_out_sums, batches, args.eval_tokens, self.ranks.sum, stop)
+        if not figures:
+            log.warning("the evaluation at step %d is left out: a signal asks to stop", progress.optimizer_step)
+            return {}
         if figures["kl"] < progress.best.get("kl", float("inf")):
             progress.best = {"kl": figures["kl"], "step": progress.optimizer_step}
         return {f"eval/{name}": value for name, value in figures.items()}
@@ -208,7 +212,19 @@ class Session:
         return figure_sums(terms, theirs, head, here.labels, here.valid)
 
     def save_due(self, progress: Progress) -> bool:
-        """True when `--save_interval` micro steps or `--save_minutes` have passed since the last save."""
+        """True when `--save_interval` micro steps or `--save_minutes` have passed since the last save.
+
+        Asked after each optimizer step; after a stage's first, memory for its snapshots is taken in the background.
+        """
+        stage, self.unprepared = self.unprepared, None
+        if (
+            stage is not None
+            and self.models is not None
+            and self.ranks.is_first
+            and not is_sharded(self.models.student)
+        ):
+            state, student = self._trainer_state(stage), self.models.student
+            self.store.prepare(model=student, trainer_state=state, frozen=frozen_names(student))
         return progress.micro_step - self.micro_steps_saved >= self.args.save_interval or self.clock.due()
 
     def save(self, progress: Progress, stage: Stage) -> None:
@@ -292,3 +308,8 @@ class Session:
         """Wait for the checkpoint in flight and close the tracker."""
         self.store.wait()
         self.tracker.close()
+
+
+def sequences_a_step(flags: dict[str, Any], ranks: int) -> int:
+    """Sequences of an optimizer step, over all ranks."""
+    return flags["batch_size"] * flags["grad_accumulation_steps"] * ranks

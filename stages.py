@@ -75,8 +75,9 @@ def check_inputs(args: argparse.Namespace, student_source: str, ranks: Ranks) ->
     teacher = load_config(args.teacher_model, local_files_only=local)
     check_teacher_config(teacher, args.teacher_model)
     longest = teacher.max_position_embeddings
-    if args.seq_length > longest:
-        raise UserError(f"--seq_length {args.seq_length}: the teacher has {longest} positions; use at most that many")
+    for flag, length in (("seq_length", args.seq_length), ("matrix_seq_length", args.matrix_seq_length)):
+        if length > longest and (flag == "seq_length" or args.matrix_tokens):
+            raise UserError(f"--{flag} {length}: the teacher has {longest} positions; use at most that many")
     if student_source == FROM_TEACHER:
         student = student_config(teacher)
     else:

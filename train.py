@@ -54,6 +54,7 @@ def distill(args: argparse.Namespace, ranks: Any) -> int:
         lock = RunLock(Path(args.output_dir))
         ranks.first(lambda: held.enter_context(lock) and None)
         signals = held.enter_context(StopSignals())
+        signals.leave_at_once = True  # nothing to save before the first step
         session = Session(args, signals, ranks)
         try:
             if session.finished:
@@ -66,6 +67,7 @@ def distill(args: argparse.Namespace, ranks: Any) -> int:
             build = lambda: stages.build_models(args, session.student_source, inputs, devices, ranks)  # noqa: E731
             session.models = ranks.together(build)
             session.begin()
+            signals.leave_at_once = False
             for name in names:
                 total = session.total_steps(name, tokenizer)
                 stage = stages.build_stage(args, name, session.models, loaders[name], total, ranks, inputs.parallel)
@@ -84,23 +86,41 @@ def distill(args: argparse.Namespace, ranks: Any) -> int:
 
 def failure_status(error: Exception, args: argparse.Namespace, session: Any) -> int:
     """One line for what a run cannot go on from, and its exit status; anything unexpected is raised again."""
-    import torch
-
-    from memory import oom_advice
     from parallel import is_loss_of_rank
     from text_sources import DataStreamLost
     from trainer import AnotherRankStopped, TooManyBadSteps
 
-    if isinstance(error, torch.OutOfMemoryError) and session.estimate is not None:
-        log.error(oom_advice(session.estimate, args))
+    if is_out_of_memory(error):
+        log.error(memory_advice(args, session))
         return 3
     if isinstance(error, TooManyBadSteps | DataStreamLost | AnotherRankStopped):
         log.error("stopped, with a checkpoint: %s", error)
         return 4
     if not session.ranks.alone and is_loss_of_rank(error):
-        log.error("another rank is gone; the last checkpoint is %s", session.store.folder.last_good or "none yet")
+        saved = session.store.folder.complete()
+        log.error("another rank is gone; the last checkpoint is %s", saved[0].name if saved else "none yet")
         return RANK_LOST
     raise error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """True for what torch, CUDA, cuBLAS and the CPU's allocator raise when memory ends."""
+    import torch
+
+    texts = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
+
+
+def memory_advice(args: argparse.Namespace, session: Any) -> str:
+    """The line for a run that is out of memory; on the CPU the estimate is made only now."""
+    from memory import estimate_memory, oom_advice
+
+    estimate, models = session.estimate, session.models
+    if estimate is None and models is not None:
+        estimate = estimate_memory(models.teacher.config, models.student.config, args)
+    if estimate is None:
+        return f"out of memory on {args.device} while the models were loaded"
+    return oom_advice(estimate, args)
 
 
 if __name__ == "__main__":

@@ -345,11 +345,14 @@ def accumulate(stage: Stage, window: list[DeviceBatch], stop: Callable[[], bool]
     return total
 
 
-SAME_ON_ALL_RANKS = ("grad_norm", "bad", "steps")
+OWN_FIGURES = ("grad_norm", "bad", "steps", "loss_max", "grad_norm_max")  # not summed over ranks
 
 
 class Meter:
-    """Means over the optimizer steps since the last log line; sums stay on the device until they are read."""
+    """Means over the optimizer steps since the last log line; sums stay on the device until they are read.
+
+    Beside them the largest loss (of this rank's tokens) and gradient norm of a single step, which show a spike.
+    """
 
     def __init__(self, progress: Progress, stage: Stage):
         self.progress, self.stage = progress, stage
@@ -367,6 +370,9 @@ class Meter:
         step = {**sums, "grad_norm": norm, "bad": bad, "steps": torch.ones_like(norm)}
         for name, value in step.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().double()
+        for name, value in (("loss_max", sums["loss"] / sums["tokens"].clamp(min=1.0)), ("grad_norm_max", norm)):
+            value, before = value.detach().double(), self.sums.get(name, -math.inf)
+            self.sums[name] = torch.maximum(value, before) if torch.is_tensor(before) else value.clamp(min=before)
         self.rate = rate
         self.steps += 1
 
@@ -383,7 +389,7 @@ class Meter:
             return {}
         given = [torch.as_tensor(self.sums[name], dtype=torch.float64) for name in names]
         values = torch.stack([value.to(self.stage.device) for value in given])
-        shared = torch.tensor([name not in SAME_ON_ALL_RANKS for name in names])
+        shared = torch.tensor([name not in OWN_FIGURES for name in names])
         values = torch.where(shared.to(values.device), self.stage.ranks.sum(values), values)
         totals = dict(zip(names, values.tolist()))
         self.sums = self._own_share(totals)
@@ -393,12 +399,12 @@ class Meter:
         """What this rank goes on from, so that sums over ranks stay what they are."""
         if self.stage.ranks.is_first:
             return dict(totals)
-        return {name: value if name in SAME_ON_ALL_RANKS else 0.0 for name, value in totals.items()}
+        return {name: value if name in OWN_FIGURES else 0.0 for name, value in totals.items()}
 
     def read(self) -> dict[str, Any]:
         """The figures of a log line; starts the next interval."""
         sums = self.totals()
-        shared = [name for name in sums if name not in SAME_ON_ALL_RANKS]
+        shared = [name for name in sums if name not in OWN_FIGURES]
         tokens, steps = max(sums["tokens"], 1.0), max(sums["steps"], 1.0)
         elapsed = time.perf_counter() - self.since
         figures: dict[str, Any] = {
@@ -410,6 +416,8 @@ class Meter:
         seconds = elapsed / max(self.steps, 1)
         figures |= {
             "train/grad_norm": sums["grad_norm"] / steps,
+            "train/loss_max": sums["loss_max"],
+            "train/grad_norm_max": sums["grad_norm_max"],
             "train/lr": self.rate,
             "train/tokens": self.progress.tokens,
             "train/optimizer_step": self.progress.optimizer_step,
@@ -426,7 +434,6 @@ class Meter:
         self.sums = {}
         self.restart()
         return figures
-
 
     def _waiting(self) -> dict[str, float]:
         """Seconds a step of waiting for data: the slowest rank's, and each rank's where there are several."""

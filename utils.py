@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from arguments import UserError
-from run_control import MaskingFilter
+from run_control import MaskingFilter, mask_secrets
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +31,13 @@ class BarAwareHandler(logging.StreamHandler):
 
 
 def setup_logging(log_file: str | None, *, rank: int = 0) -> None:
-    """Time-stamped, flushed lines on stdout and in `log_file`; other ranks than the first only warn, by number."""
+    """Time-stamped, flushed lines on stdout and in `log_file`; other ranks than the first only warn, by number.
+
+    An error that nothing catches goes there too, so that its traceback is masked like every line.
+    """
     main_process = rank == 0
+    if not (main_process and sys.stderr.isatty()):
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' too: a log stays clean lines
     handlers: list[logging.Handler] = [BarAwareHandler(sys.stdout)]
     if log_file and main_process:
         Path(log_file).expanduser().parent.mkdir(parents=True, exist_ok=True)
@@ -46,6 +51,7 @@ def setup_logging(log_file: str | None, *, rank: int = 0) -> None:
         handlers=handlers,
         force=True,
     )
+    sys.excepthook = lambda *error: log.critical("ended by an unexpected error", exc_info=error)
     for noisy in ("httpx", "httpx2", "urllib3", "filelock", "fsspec", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
@@ -295,11 +301,12 @@ def start_wandb(
     """A W&B run, the same one when `run_id` is given, with axes by optimizer step and tokens."""
     import wandb
 
+    sys.argv[1:] = mask_secrets(sys.argv[1:])  # W&B records the command line
     run = wandb.init(
         dir=os.environ.get("WANDB_DIR", str(folder)),
-        project=os.environ.get("WANDB_PROJECT", project),
-        entity=os.environ.get("WANDB_ENTITY", entity),
-        name=os.environ.get("WANDB_NAME", name),
+        project=os.environ.get("WANDB_PROJECT", mask_secrets(project)),
+        entity=os.environ.get("WANDB_ENTITY", mask_secrets(entity)),
+        name=os.environ.get("WANDB_NAME", mask_secrets(name)),
         mode=os.environ.get("WANDB_MODE", mode),  # type: ignore[arg-type]
         id=run_id,
         resume="allow" if run_id else None,

@@ -4,7 +4,9 @@ Both models are built from configurations with random weights; the step is `trai
 `train.py`. Each shape (length x batch) is a configuration of its own; one that fails is reported and passed over.
 
 python benchmarks/step.py --preset 8b --freeze_mlp --plain --seq_length 4096 8192 --json step.jsonl
-Flags that are not listed by --help go to train.py's parser, such as --gradient_checkpointing or --optimizer.
+torchrun --standalone --nproc_per_node=2 benchmarks/step.py --preset 8b --freeze_mlp --parallel fsdp
+Flags that are not listed by --help go to train.py's parser, such as --gradient_checkpointing or --optimizer. Under
+torchrun tokens and seconds are those of all ranks; with --teacher_device the teacher's part is what is waited for.
 """
 
 import argparse
@@ -36,6 +38,7 @@ from losses import dense_kd_loss
 from memory import MemoryEstimate, estimate_memory
 from model_utils import apply_replacements, as_teacher, freeze, share_frozen_weights, transfer_teacher_weights
 from models import LlambaForCausalLM
+from parallel import Ranks, launched
 from trainer import DeviceBatch, Progress, Services, Stage, run_stage
 
 GIB = 2**30
@@ -99,6 +102,7 @@ class SyntheticLoader:
 
 def build_pair(args: argparse.Namespace, sizes: Preset, *, share: bool) -> stages.Models:
     """Both models on the device with random weights, and the surgery that a run does on them."""
+    torch.manual_seed(args.seed)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     torch.set_default_dtype(dtype)
     try:
@@ -119,21 +123,42 @@ def build_pair(args: argparse.Namespace, sizes: Preset, *, share: bool) -> stage
     return stages.Models(teacher, student, None, device, device, dtype)
 
 
-def ours(args: argparse.Namespace, models: stages.Models, loader: Any, steps: int, clock: Clock) -> Stage:
+def place(args: argparse.Namespace, models: stages.Models, ranks: Ranks) -> None:
+    """Put the teacher where the flags want it, and make the step, as `stages.build_models` does."""
+    models.step = stages.distillation_step(args, models)
+    if ranks.alone and args.teacher_device:
+        models.teacher_device = torch.device(args.teacher_device)
+        models.teacher.to(models.teacher_device)  # type: ignore[arg-type]
+    models.hidden_states = stages.hidden_states(args, models, ranks)
+
+
+def ours(
+    args: argparse.Namespace, models: stages.Models, loader: Any, steps: int, clock: Clock, ranks: Ranks
+) -> Stage:
     """The project's own stage, with marks between its parts."""
-    stage = stages.build_stage(args, "stage1", models, loader, steps)
+    stage = stages.build_stage(args, "stage1", models, loader, steps, ranks, "none" if ranks.alone else args.parallel)
     if args.update_in_backward and not isinstance(stage.optimizer, UpdateInBackward):
         stage.optimizer = UpdateInBackward(stage.optimizer, stage.grad_clip)  # type: ignore[assignment]
-    mark = clock.mark
-    stage.synchronise = lambda last: mark("backward" if clock.marks[-1][0] == "loss" else "data")
-    stage.finish_gradients = lambda: mark("backward")
+    mark, synchronise, finish = clock.mark, stage.synchronise, stage.finish_gradients
+
+    def begin_micro_step(last: bool) -> None:
+        mark("backward" if clock.marks[-1][0] == "loss" else "data")
+        synchronise(last)
+
+    def end_window() -> None:
+        finish()
+        mark("backward")
+
+    stage.synchronise, stage.finish_gradients = begin_micro_step, end_window
     models.student.backbone.register_forward_pre_hook(lambda *_: mark("teacher"))
     models.student.backbone.register_forward_hook(lambda *_: mark("student"))
     stage.trainable.register_forward_hook(lambda *_: mark("loss"))
     return stage
 
 
-def plain(args: argparse.Namespace, models: stages.Models, loader: Any, steps: int, clock: Clock) -> Stage:
+def plain(
+    args: argparse.Namespace, models: stages.Models, loader: Any, steps: int, clock: Clock, ranks: Ranks
+) -> Stage:
     """What one would write first: all logits in float32, everything of the student its own, bf16 Adam, no compile."""
     models.student.zero_grad(set_to_none=True)
     set_activation_checkpointing(models.student, "full")
@@ -190,7 +215,9 @@ def drive(stage: Stage, steps: int, log_interval: int) -> list[dict[str, Any]]:
     return figures
 
 
-def measure(bench: argparse.Namespace, args: argparse.Namespace, way: str, ceiling: float) -> dict[str, Any]:
+def measure(
+    bench: argparse.Namespace, args: argparse.Namespace, way: str, ceiling: float, ranks: Ranks
+) -> dict[str, Any]:
     """One configuration: build, first step, warm-up, timed steps."""
     began = time.perf_counter()
     sizes = preset(bench.preset)
@@ -200,9 +227,11 @@ def measure(bench: argparse.Namespace, args: argparse.Namespace, way: str, ceili
     clock = Clock(device)
     estimate: MemoryEstimate | None = None
     if way == "ours":
-        estimate = estimate_memory(sizes.teacher, sizes.student, args, torch.cuda.mem_get_info()[0] if cuda else None)
+        free = torch.cuda.mem_get_info()[0] if cuda else None
+        shards = ranks.world_size if args.parallel == "fsdp" else 1
+        estimate = estimate_memory(sizes.teacher, sizes.student, args, free, shards)
         print("estimate:", estimate.describe(), f"({time.perf_counter() - began:.1f} s)", flush=True)
-    models = build_pair(args, sizes, share=way == "ours")
+    models = build_pair(args, sizes, share=way == "ours" and not args.teacher_device)
     flops = step_flops(models.teacher, models.student, args.seq_length)
     row["build_s"] = time.perf_counter() - began
     if cuda:
@@ -210,11 +239,12 @@ def measure(bench: argparse.Namespace, args: argparse.Namespace, way: str, ceili
         torch.cuda.reset_peak_memory_stats()
     if estimate is not None:
         accelerate(args, models, estimate.modes)
+        place(args, models, ranks)
         row["accelerate_s"] = time.perf_counter() - began - row["build_s"]
     micro_steps = args.grad_accumulation_steps * (bench.warmup + bench.steps)
     loader = SyntheticLoader(args, sizes.teacher.vocab_size, micro_steps, clock)
     make = ours if way == "ours" else plain
-    stage = make(args, models, loader, bench.warmup + bench.steps, clock)
+    stage = make(args, models, loader, bench.warmup + bench.steps, clock, ranks)
     drive(stage, 1, 1)
     row["first_step_s"] = time.perf_counter() - began
     row["since_start_s"] = since_process_start()
@@ -229,14 +259,15 @@ def measure(bench: argparse.Namespace, args: argparse.Namespace, way: str, ceili
     if len(times) > bench.steps - 1:
         times = times[: bench.steps - 1]  # the last one ends with the stage
     step_ms = statistics.median(sum(parts.values()) for parts in times)
-    tokens = args.seq_length * args.batch_size * args.grad_accumulation_steps
+    tokens = args.seq_length * args.batch_size * args.grad_accumulation_steps * ranks.world_size
     row |= {
+        "ranks": ranks.world_size,
         "tokens_per_second": 1000 * tokens / step_ms,
         "step_ms": step_ms,
         "parts_ms": {name: statistics.median(parts[name] for parts in times) for name in PARTS},
-        "share": flops * tokens / (step_ms / 1000) / ceiling,
+        "share": flops * tokens / (step_ms / 1000) / ceiling / ranks.world_size,
         "flops_per_token": flops,
-        "loss": figures[-1]["train/loss"],
+        "losses": [line["train/loss"] for line in figures],
         "bad_steps": figures[-1]["train/bad_steps"],
         "compiled": way == "ours" and stages.compiles(args),
     }
@@ -252,10 +283,12 @@ def measure(bench: argparse.Namespace, args: argparse.Namespace, way: str, ceili
     return row
 
 
-def attempt(bench: argparse.Namespace, args: argparse.Namespace, way: str, ceiling: float) -> dict[str, Any]:
+def attempt(
+    bench: argparse.Namespace, args: argparse.Namespace, way: str, ceiling: float, ranks: Ranks
+) -> dict[str, Any]:
     """`measure`, with any failure in the row instead of the traceback, and the memory given back."""
     try:
-        row = measure(bench, args, way, ceiling)
+        row = measure(bench, args, way, ceiling, ranks)
     except Exception as error:
         logging.exception("%s, length %d, batch %d", way, args.seq_length, args.batch_size)
         message = " ".join(str(error).split())[:200]
@@ -349,6 +382,16 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 def main(argv: list[str] | None = None) -> int:
     bench, rest = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    with launched(bench.device) as ranks:
+        if not ranks.is_first:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for the rest of the process
+            bench.json = None
+        bench.device = ranks.device(bench.device)
+        return run(bench, rest, ranks)
+
+
+def run(bench: argparse.Namespace, rest: list[str], ranks: Ranks) -> int:
+    """All configurations that the flags name, one after the other."""
     layers = bench.layers or list(map(str, preset(bench.preset).layers))
     base = parse_arguments([*rest, "--device", bench.device, "--layers", *layers])
     device, dtype = torch.device(base.device), getattr(torch, base.dtype)
@@ -366,7 +409,7 @@ def main(argv: list[str] | None = None) -> int:
                 args = argparse.Namespace(**vars(base))
                 args.seq_length, args.batch_size = length, batch
                 args.update_in_backward = bench.update_in_backward
-                rows.append(attempt(bench, args, way, ceiling))
+                rows.append(attempt(bench, args, way, ceiling, ranks))
                 row = {"preset": bench.preset, "device": name, "ceiling": ceiling, "flags": rest, **rows[-1]}
                 print(json.dumps(rows[-1]), flush=True)
                 if bench.json:

@@ -40,6 +40,14 @@ FLAG_CASES = {
     "negative weight": (dict(kl_weight="-1"), "--kl_weight"),
     "both loss weights 0": (dict(kl_weight=0, ce_weight=0), "--kl_weight 0 and --ce_weight 0"),
     "warmup and decay": (dict(warmup_ratio=0.7, decay_ratio=0.5), "0.7 + --decay_ratio 0.5 is above 1"),
+    "alignment rates crossed": (
+        dict(hidden_tokens=64, hidden_lr="1e-6"),
+        "--min_lr 1e-05 is above --hidden_lr 1e-06",
+    ),
+    "matrix sequence too long": (
+        dict(matrix_tokens=64, matrix_seq_length=4096),
+        "--matrix_seq_length 4096: the teacher has 2048 positions",
+    ),
     "rates crossed": (dict(min_lr="1e-2"), "--min_lr 0.01 is above --max_lr 0.001"),
     "unknown device": (dict(device="tpu"), "--device: 'tpu' is not a device"),
     "absent CUDA device": (dict(device="cuda:7"), "--device cuda:7: this machine has no such CUDA device"),
@@ -116,9 +124,7 @@ def test_another_vocabulary(capsys, tmp_path, tiny_teacher, sources):
     sizes = dict(vocab_size=1024, d_model=64, n_layer=4, mlp_cfg={"intermediate_size": 128})
     ssm = {"n_v_heads": 4, "n_qk_heads": 4, "d_state": 16}
     LlambaForCausalLM(LlambaConfig(**sizes, ssm_cfg=ssm)).save_pretrained(tmp_path / "student")
-    line = complaint(
-        capsys, runs.flags(tiny_teacher, sources, tmp_path / "run", student_model=tmp_path / "student")
-    )
+    line = complaint(capsys, runs.flags(tiny_teacher, sources, tmp_path / "run", student_model=tmp_path / "student"))
     assert "vocabulary has 1024 entries, the teacher's 512" in line
 
 
@@ -150,3 +156,9 @@ def test_resume_none_does_not_overwrite_a_run(capsys, tmp_path, tiny_teacher, so
     line = complaint(capsys, runs.flags(tiny_teacher, sources, tmp_path / "run", resume="none"))
     assert "--resume none" in line and (folder / "kept").read_text() == "precious"
     assert os.listdir(tmp_path / "run" / "checkpoint-5") == ["kept"]
+
+
+def test_a_password_in_a_wrong_flag_is_masked(capsys, tmp_path, tiny_teacher, sources):
+    for changes in (dict(dataset_name="https://user:correcthorse@host/x.jsonl"), dict(hf_token="hf_" + "a" * 30)):
+        line = complaint(capsys, runs.flags(tiny_teacher, sources, tmp_path / "run", **changes))
+        assert "***" in line and "correcthorse" not in line and "aaaa" not in line

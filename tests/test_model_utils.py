@@ -43,7 +43,9 @@ TEACHERS = {
     "llama3 rope": tiny_llama_config(rope_parameters=LLAMA3_ROPE),
     "mistral, sliding": MistralConfig(**SIZES, sliding_window=8),
     "qwen2": Qwen2Config(**SIZES),
+    "qwen2, sliding in half": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=2),
     "qwen3": Qwen3Config(**SIZES),
+    "qwen3, biases": Qwen3Config(**SIZES, attention_bias=True),
 }
 
 

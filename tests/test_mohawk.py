@@ -5,9 +5,12 @@ import functools
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import runs
 import train
+from conftest import tiny_llama_config
 from initialization import visit_layers
 from models.modeling_llamba import AttentionInputs
 from mohawk import AlignmentStep, attention_matrix, hidden_loss, matrix_loss, trained_mixers
@@ -214,28 +217,57 @@ def test_batch_and_accumulation_give_the_same_gradients(kind):
     assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(*gradients))
 
 
-def test_one_layers_activations_at_a_time():
-    """What autograd keeps is freed before the next layer's forward pass begins."""
-    teacher, student = pair(layers=())
-    alive, peak = [0], [0]
+@pytest.mark.parametrize("kind", ["matrix", "hidden"])
+def test_packed_documents_are_aligned_as_documents_alone(kind):
+    teacher, student = pair()
+    step, tokens = AlignmentStep(kind, teacher, student, PROBE), torch.randint(0, 512, (2, 12))
+    positions = torch.cat((torch.arange(5), torch.arange(7)))[None].expand(2, -1)
+    results = []
+    for parts in ([(tokens, positions)], [(tokens[:, :5], None), (tokens[:, 5:], None)], [(tokens, None)]):
+        student.zero_grad()
+        sums = [step(batch_of(*part), torch.tensor(1.0)) for part in parts]
+        gradients = torch.cat([p.grad.flatten() for p in trained_mixers(student).parameters() if p.grad is not None])
+        results.append((sum(s["loss"] for s in sums), sum(s["layers/squared_error_3"] for s in sums), gradients))
+    packed, alone, leaking = results
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-11) for a, b in zip(packed, alone))
+    assert not torch.allclose(packed[0], leaking[0], rtol=1e-6)
 
-    class Kept:
-        def __init__(self, tensor):
-            self.tensor = tensor
-            alive[0] += tensor.numel()
-            peak[0] = max(peak[0], alive[0])
 
-        def __del__(self):
-            alive[0] -= self.tensor.numel()
+class LiveBytes(TorchDispatchMode):
+    """The most bytes of tensors made under it that were alive at one time; views of `there` are not counted."""
 
-    tokens = torch.randint(0, 512, (1, 32))
-    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-        AlignmentStep("hidden", teacher, student, PROBE)(batch_of(tokens), torch.tensor(1.0))
-        whole = peak[0]
-        peak[0] = 0
-        mixer = student.backbone.layers[0].mixer
-        mixer(torch.randn(1, 32, 64, dtype=torch.float64)).sum().backward()
-    assert whole < 1.5 * peak[0]
+    def __init__(self, there):
+        super().__init__()
+        self.there = {tensor.untyped_storage()._cdata for tensor in there}
+        self.storages, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.there:
+                    self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.storages = {key: entry for key, entry in self.storages.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
+        return made
+
+
+@pytest.mark.parametrize("kind", ["matrix", "hidden"])
+def test_one_layers_activations_at_a_time(kind):
+    """Eight layers take no more memory than two: all of a layer is freed before the next one runs."""
+    peaks, tokens = {}, torch.randint(0, 512, (1, 96))
+    for layers in (2, 8):
+        teacher = make_teacher(tiny_llama_config(num_hidden_layers=layers))
+        student = make_student(teacher, [])
+        step = AlignmentStep(kind, teacher, student, PROBE)
+        step(batch_of(tokens), torch.tensor(1.0))  # makes the gradients, which stay
+        weights = [*teacher.parameters(), *student.parameters()]
+        with LiveBytes([*weights, *(p.grad for p in weights if p.grad is not None)]) as live:
+            step(batch_of(tokens), torch.tensor(1.0))
+        peaks[layers] = live.peak
+    assert peaks[2] > 20 * tokens.numel() * 64 * 4  # it did see a layer's activations
+    assert peaks[8] < 1.02 * peaks[2]
 
 
 @pytest.mark.slow

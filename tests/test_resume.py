@@ -80,6 +80,38 @@ def test_killed_at_random_moments_it_ends_as_if_never_interrupted(tmp_path, tiny
     print(f"{kills} kills in {finished} runs")
 
 
+def test_alignment_stages_killed_at_random_moments(tmp_path, tiny_teacher, sources, run_script):
+    """Both alignment stages and what follows, documents kept apart: bit for bit, each with its own schedule."""
+    options = {
+        **OPTIONS, "matrix_tokens": 768, "matrix_seq_length": 32, "matrix_lr": "2e-3", "hidden_tokens": 1536,
+        "hidden_lr": "5e-4", "max_steps": 2, "skip_stage2": True, "document_reset": True,
+    }  # fmt: skip
+    whole = tmp_path / "whole"
+    done = run_script("train.py", *runs.flags(tiny_teacher, sources, whole, **options))
+    assert done.returncode == 0, done.stderr[-2000:]
+    argv, log = runs.flags(tiny_teacher, sources, tmp_path / "run", **options), tmp_path / "log"
+    log.touch()
+    for step in (2, 5, 6, 9, 11):
+        process, position = start(argv, log), len(log.read_text())
+        wait_for(log, rf"step {step},", process, position)
+        time.sleep(random.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, log.read_text()[-2000:]
+    assert start(argv, log).wait(timeout=200) == 0, log.read_text()[-2000:]
+    assert weights(tmp_path / "run") == weights(whole)
+    rows, others = ([row for row in runs.metrics(run) if "train/loss" in row] for run in (tmp_path / "run", whole))
+    assert [row["stage"] for row in rows] == ["matrix"] * 6 + ["hidden"] * 6 + ["stage1"] * 2
+    for row, other in zip(rows, others, strict=True):
+        exact = [name for name in row if name.startswith(("train/", "layers/")) and "second" not in name]
+        assert {name: row[name] for name in exact} == {name: other[name] for name in exact}
+        layers = {f"layers/{kind}_{i}" for kind in ("relative_error", "mean_decay") for i in (0, 2, 3)}
+        assert {name for name in row if name.startswith("layers/")} == (layers if row["stage"] != "stage1" else set())
+    for stage, highest in (("matrix", 2e-3), ("hidden", 5e-4)):
+        rates = [row["train/lr"] for row in rows if row["stage"] == stage]
+        assert max(rates) == pytest.approx(highest) and rates[-1] == pytest.approx(1e-5)
+        assert all(row[f"layers/mean_decay_{i}"] < 1 for row in rows if row["stage"] == stage for i in (0, 2, 3))
+
+
 def compare_and_clear(output: Path, uninterrupted: Path) -> int:
     assert runs.losses(output) == runs.losses(uninterrupted)
     assert weights(output) == weights(uninterrupted)
@@ -100,6 +132,24 @@ def test_a_signal_saves_and_exits_with_128_plus_n(tmp_path, tiny_teacher, source
     assert start(argv, log).wait(timeout=200) == 0
     assert runs.losses(tmp_path / "run") == runs.losses(uninterrupted)
     assert weights(tmp_path / "run") == weights(uninterrupted)
+
+
+def test_a_signal_cuts_a_long_evaluation_short(tmp_path, tiny_teacher, sources):
+    """The first evaluation has nothing to save behind it, one between two steps has."""
+    endless = dict(eval_dataset=sources["train"], eval_tokens=10**9, eval_interval=2, seq_length=16, batch_size=1)
+    for first, options in ((True, endless), (False, {**endless, "eval_tokens": 8000})):
+        output, log = tmp_path / str(first), tmp_path / f"{first}.log"
+        log.touch()
+        process = start(runs.flags(tiny_teacher, sources, output, **{**OPTIONS, **options}), log)
+        wait_for(log, "trainable" if first else "step 2,", process)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        assert process.wait(timeout=30) == 143
+        assert time.monotonic() - began < 10
+        assert bool(list(output.glob("checkpoint-*"))) != first
+        assert ("evaluation at step 2 is left out" in log.read_text()) != first
+        assert not (output / "run.lock").exists()
 
 
 def test_sigusr1_saves_and_goes_on(tmp_path, tiny_teacher, sources):
@@ -161,7 +211,7 @@ def test_on_a_gpu_with_deterministic_kernels_it_resumes_bit_for_bit(tmp_path, ti
     process = start(argv, log)
     wait_for(log, r"step 6,", process)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL, "it had ended before it was killed"
     assert start(argv, log).wait(timeout=200) == 0, log.read_text()[-2000:]
     assert runs.losses(tmp_path / "run") == runs.losses(tmp_path / "whole")
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")

@@ -80,6 +80,24 @@ def test_a_second_signal_exits_at_once(number):
     assert time.monotonic() - began < 5
 
 
+def test_before_there_is_anything_to_save_the_first_signal_exits_and_unwinds():
+    script = Script(
+        """
+from run_control import StopSignals
+with StopSignals() as signals:
+    signals.leave_at_once = True
+    try:
+        print("ready")
+        time.sleep(60)
+    finally:
+        print("unwound")
+"""
+    )
+    assert script.line() == "ready"
+    script.send(signal.SIGTERM)
+    assert script.end() == (143, "unwound")
+
+
 def test_a_second_signal_exits_although_the_main_thread_hangs_in_c():
     script = Script(
         """

@@ -46,14 +46,16 @@ def values_of(items):
 @pytest.mark.slow
 def test_an_offline_run_holds_metrics_config_and_axes(tmp_path, tiny_teacher, documents, run_script):
     sources = runs.write_sources(tmp_path / "text", documents)
+    secret, other, key, password = "hf_" + "a" * 30, "hf_" + "b" * 30, "0123456789" * 4, "correcthorse"
     argv = runs.flags(
-        tiny_teacher, sources, tmp_path / "run", wandb=True, wandb_mode="offline", wandb_run_name="tiny", max_steps=3,
-        second_dataset_tokens=128,
+        tiny_teacher, sources, tmp_path / "run", wandb=True, wandb_mode="offline", max_steps=3, skip_stage2=True,
+        wandb_run_name=f"tiny {other}", wandb_project=f"project-{secret}", log_file=tmp_path / "log",
+        second_dataset_name=f"https://user:{password}@host/text.jsonl",
     )  # fmt: skip
-    secret = "hf_" + "a" * 30
-    env = {"WANDB_DIR": str(tmp_path), "WANDB_MODE": "offline", "HF_TOKEN": secret}
+    env = {"WANDB_DIR": str(tmp_path), "WANDB_MODE": "offline", "HF_TOKEN": secret, "WANDB_API_KEY": key}
     done = run_script("train.py", *argv, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
+    (tmp_path / "output").write_text(done.stdout + done.stderr)
     history, config, metrics, summary = [], {}, set(), {}
     for record in offline_records(tmp_path):
         if record.WhichOneof("record_type") == "history":
@@ -75,7 +77,8 @@ def test_an_offline_run_holds_metrics_config_and_axes(tmp_path, tiny_teacher, do
     assert ("train/*", "train/optimizer_step") in metrics
     for path in tmp_path.rglob("*"):
         if path.is_file():
-            assert secret.encode() not in path.read_bytes(), path
+            content = path.read_bytes()
+            assert not [text for text in (secret, other, key, password) if text.encode() in content], path
 
 
 def test_metrics_are_cut_where_a_run_resumes(tmp_path):

@@ -1,5 +1,7 @@
 """The main job in real processes: both stages, what they leave behind, and going on from it."""
 
+import os
+import re
 import subprocess
 import sys
 import time
@@ -10,6 +12,8 @@ from safetensors.torch import load_file
 
 import runs
 import train
+from checkpoint_files import damage
+from conftest import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -137,3 +141,44 @@ def test_help_is_quick(run_script):
     done = run_script("train.py", "--help")
     assert done.returncode == 0 and "--teacher_model" in done.stdout
     assert time.perf_counter() - start < 2.0
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+import train
+if sys.argv[1] == "cpu":
+    import pyarrow, stages, transformers.models.llama.modeling_llama  # libraries first: the limit is for the rest
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 29), used + (1 << 29)))
+else:
+    import torch
+    torch.cuda.set_per_process_memory_fraction((1 << 28) / torch.cuda.get_device_properties(0).total_memory)
+sys.exit(train.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
+def test_out_of_memory_is_advice_and_exit_3(tiny_teacher, sources, tmp_path, device):
+    """The same run first without, then with a limit on its memory; what the first one saved stays as it is."""
+    argv = runs.flags(
+        tiny_teacher, sources, tmp_path / "run", device=device, seq_length=1024, batch_size=24, max_steps=50,
+        save_interval=1, no_compile=True, gradient_checkpointing="none", skip_stage2=True,
+    )  # fmt: skip
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *argv], stdout=subprocess.DEVNULL, env=env)
+    while not list((tmp_path / "run").glob("checkpoint-*")) and first.poll() is None:
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    saved = sorted((tmp_path / "run").glob("checkpoint-*"))
+    assert saved
+    command = [sys.executable, "-c", OUT_OF_MEMORY, device, *argv]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode == 3, done.stdout[-1500:] + done.stderr[-1500:]
+    lines = [line for line in done.stdout.splitlines() if "out of memory" in line]
+    assert len(lines) == 1 and f"on {device}; a step needs about" in lines[0] and "activations" in lines[0]
+    flags = re.findall(r"(--\w+)[^;]*\(about ([\d.]+) GiB\)", lines[0])
+    assert {"--batch_size", "--gradient_checkpointing"} <= {flag for flag, _ in flags}
+    assert [float(gain) for _, gain in flags] == sorted((float(gain) for _, gain in flags), reverse=True)
+    assert sorted((tmp_path / "run").glob("checkpoint-*")) == saved
+    assert all(damage(folder) is None for folder in saved)

@@ -102,6 +102,32 @@ def test_the_teacher_is_no_part_of_the_graph():
     assert all(p.grad is None for p in teacher.parameters())
 
 
+def test_a_spike_is_seen_although_a_log_line_is_a_mean_over_many_steps():
+    teacher = make_teacher(TEACHERS["grouped queries"])
+    told = {}
+    for interval in (1, 4):
+        torch.manual_seed(3)
+        student = make_student(teacher, [1])
+        batches = batches_of(torch.randint(0, 512, (8, 9)), torch.ones(8, 8, dtype=torch.bool), 2)
+        stage = make_stage(teacher, student, batches, steps=4)
+        rows, sizes, plain = [], iter((1.0, 50.0, 1.0, 1.0)), stage.micro_step
+
+        def micro_step(batch, scale, plain=plain, sizes=sizes):
+            sums = plain(batch, scale)
+            return sums | {"loss": sums["loss"] * next(sizes)}
+
+        stage.micro_step = micro_step
+        progress = Progress()
+        progress.begin("stage1", 4)
+        services = Services(lambda p, f, rows=rows: rows.append(f), lambda *a: None, log_interval=interval)
+        run_stage(stage, progress, services)
+        told[interval] = rows
+    (whole,), each = told[4], told[1]
+    assert whole["train/loss_max"] == max(row["train/loss"] for row in each) > 3 * whole["train/loss"]
+    assert whole["train/grad_norm_max"] == max(row["train/grad_norm"] for row in each)
+    assert all(row["train/loss_max"] == row["train/loss"] for row in each)
+
+
 def test_windows_keep_a_short_last_one():
     assert [len(w) for w in windows(iter(range(7)), 3)] == [3, 3, 1]
 

@@ -1,0 +1,101 @@
+"""How mixers start: least-squares factors and half lives against references, and the benchmark of the choices."""
+
+import json
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import runs
+from conftest import ROOT
+from initialization import calibrate_mixers, decay_rows, head_factors, student_from_teacher, visit_layers
+from test_model_utils import TEACHERS, make_student, make_teacher
+
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.mark.parametrize("name", ["grouped queries", "wide heads, biases, tied"])
+def test_factors_are_the_least_squares_solution(name):
+    """Against the heads' parts of the output written out and torch's own solver, in float64."""
+    teacher = make_teacher(TEACHERS[name]).double()
+    student = student_from_teacher(teacher, dtype=torch.float64, device="cpu")
+    tokens = torch.randint(0, 512, (3, 40))
+    for visit in visit_layers(teacher.model, tokens):
+        mixer = student.backbone.layers[visit.index].mixer
+        seen = []
+        hook = mixer.out_proj.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0]))
+        with torch.no_grad():
+            mixer(visit.u)
+        hook.remove()
+        y = seen[0].unflatten(-1, (mixer.n_v_heads, -1))
+        weight = mixer.out_proj.weight.unflatten(-1, (mixer.n_v_heads, -1))
+        parts = torch.einsum("bthp,dhp->btdh", y, weight).flatten(0, 2).detach()
+        wanted = visit.attended - (0 if mixer.out_proj.bias is None else mixer.out_proj.bias)
+        wanted = wanted.flatten()[:, None].detach()
+        exact = torch.linalg.lstsq(parts, wanted).solution[:, 0]
+        with torch.no_grad():
+            given = head_factors(mixer, visit.u, visit.attended, per_head=True).double()
+            whole = head_factors(mixer, visit.u, visit.attended, per_head=False).double()
+        assert (parts @ (given - exact)).norm() < 1e-2 * (parts @ exact).norm()
+        assert whole[0].item() == pytest.approx(
+            max(torch.linalg.lstsq(parts.sum(1, keepdim=True), wanted).solution.item(), 1e-6), rel=1e-3
+        )
+
+
+def test_half_lives_are_what_they_say():
+    """For an input that is the mean itself, the decay halves the state in just so many tokens."""
+    mean = torch.randn(64, dtype=torch.float64)
+    rows = decay_rows(mean, 5, (2.0, 512.0))
+    decays = torch.exp(-nn.functional.softplus(rows @ mean))
+    lives = -torch.log(torch.tensor(2.0, dtype=torch.float64)) / decays.log()
+    assert torch.allclose(lives, torch.tensor([2.0, 8.0, 32.0, 128.0, 512.0], dtype=torch.float64), rtol=1e-4)
+    assert torch.allclose(decay_rows(mean, 3, (1.0, 1.0)), torch.zeros(3, 64, dtype=torch.float64), atol=1e-9)
+
+
+@pytest.mark.parametrize("split", [(1 / 3, 1 / 3, 1 / 3), (0.0, 0.0, 1.0), (1.0, 0.0, 0.0)])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_a_split_changes_weights_but_not_the_output(split, per_head):
+    teacher = make_teacher(TEACHERS["grouped queries"])
+    tokens = torch.randint(0, 512, (4, 64))
+    errors = []
+    for choice in ((1.0, 0.0, 0.0), split):
+        student = make_student(teacher, [1])
+        errors.append(calibrate_mixers(student, teacher, tokens, split=choice, per_head=per_head))
+    assert errors[0].keys() == {0, 2, 3}
+    assert errors[1] == pytest.approx(errors[0], rel=1e-3)
+    assert all(error <= 1.001 for error in errors[1].values())  # no worse than a mixer that is silent
+
+
+def test_a_factor_a_head_is_no_worse_than_one_a_layer():
+    teacher, tokens = make_teacher(TEACHERS["grouped queries"]), torch.randint(0, 512, (4, 64))
+    layer, head = (
+        calibrate_mixers(make_student(teacher, []), teacher, tokens, per_head=per_head) for per_head in (False, True)
+    )
+    assert all(head[index] <= layer[index] + 1e-4 for index in layer) and head != layer
+
+
+def test_the_benchmark_compares_starts_on_the_same_data(tmp_path, tiny_teacher, documents, capsys):
+    from benchmarks import start
+
+    sources = runs.write_sources(tmp_path / "text", documents)
+    figures = tmp_path / "rows.jsonl"
+    argv = [
+        "--teacher_model",
+        tiny_teacher,
+        "--dataset_name",
+        sources["train"],
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    ]
+    argv += ["--steps", 3, "--batch_size", 2, "--seq_length", 64, "--lr", "1e-3", "--json", figures]
+    rows = start.main([*map(str, argv), "--starts", "0", "1", "9", "14", "0"])
+    assert [row["steps"] for row in rows] == [3] * 5
+    first, again = rows[0], rows[-1]
+    assert {k: v for k, v in first.items() if k != "seconds"} == {k: v for k, v in again.items() if k != "seconds"}
+    assert len({row["start"] for row in rows}) == 4 and len({row["aligned"] for row in rows}) == 4
+    assert [json.loads(line) for line in figures.read_text().splitlines()] == rows
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(table) == 7 and all(line.count("|") == 8 for line in table)
