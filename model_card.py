@@ -15,6 +15,7 @@ def model_card(metadata: dict[str, Any]) -> str:
     )
     versions = ", ".join(f"{name} {version}" for name, version in metadata["versions"].items())
     held_out = f"- best held-out KL: {best['kl']:.4f} nats a token, at step {best['step']}\n" if best else ""
+    layers = " ".join(map(str, metadata.get("attention_layers") or ())) or "none"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -23,6 +24,7 @@ tags: [mamba2, llamba, distillation]
 # A hybrid Mamba-2 student of {flags["teacher_model"]}
 
 - teacher: `{flags["teacher_model"]}`, student started from `{flags["student_model"]}`
+- attention layers kept: {layers}
 - text: {", then ".join(f"`{name}`" for name in stages)}
 - trained on {progress["tokens"]:,} tokens in {progress["optimizer_step"]:,} optimizer steps
 {held_out}- made with {versions}

@@ -119,7 +119,10 @@ class Session:
         parameters = list(self.models.student.parameters())
         trainable = sum(p.numel() for p in parameters if p.requires_grad)
         frozen = sum(p.numel() for p in parameters) - trainable
-        self.tracker.summary({"parameters/trainable": trainable, "parameters/frozen": frozen})
+        layers = self.models.student.config.attention_layers
+        self.tracker.summary(
+            {"parameters/trainable": trainable, "parameters/frozen": frozen, "attention_layers": layers}
+        )
         if self.resumed_from is None and self.args.eval_dataset:
             self.log_metrics(self.progress.optimizer_step, self.evaluate(self.progress))
 
@@ -257,6 +260,7 @@ class Session:
             "progress": progress,
             "finished": finished,
             "flags": mask_secrets(vars(self.args)),
+            "attention_layers": student.config.attention_layers,
             "ranks": self.ranks.world_size,
             "versions": library_versions(),
             "wandb_run_id": self.tracker.run_id,

@@ -1,6 +1,7 @@
 """From flags to stages: which stages a run has, and for each its loader, micro step, optimizer and schedule."""
 
 import argparse
+import functools
 import logging
 import math
 from dataclasses import dataclass
@@ -12,9 +13,10 @@ from transformers import PreTrainedModel
 
 import parallel
 from acceleration import UpdateInBackward, accelerate
-from arguments import UserError
+from arguments import UserError, auto_layers
 from data import SourceSpec, build_loader, estimate_steps_per_epoch
 from initialization import calibrate_mixers, student_config
+from layer_choice import choose_layers
 from memory import GIB, MemoryEstimate, estimate_memory
 from model_utils import (
     FROM_TEACHER,
@@ -119,6 +121,10 @@ def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, 
         if student_source == FROM_TEACHER:
             tokens = calibration_tokens(args, stage_names(args)[0], tokenizer)
             calibrate_mixers(student, teacher, tokens.to(teacher_device))
+        if auto_layers(args.layers) is not None:
+            open_text = functools.partial(choice_batches, args, tokenizer)
+            chosen = ranks.first(lambda: choose_layers(args, teacher, student, open_text))
+            apply_replacements(student, teacher, chosen)
     freeze(student, mlp=args.freeze_mlp, replaced_layers=args.freeze_replaced_layers)
     share_frozen_weights(student, teacher)
     student.train()
@@ -184,6 +190,13 @@ def calibration_tokens(args: argparse.Namespace, name: str, tokenizer: Any) -> t
             break
     loader.close()
     return torch.stack(rows[:CALIBRATION_SEQUENCES])
+
+
+def choice_batches(args: argparse.Namespace, tokenizer: Any) -> Any:
+    """What `--layers auto:K` measures on: the held-out text if there is one, else stage 1's own."""
+    if args.eval_dataset:
+        return held_out_batches(args, args.eval_dataset, tokenizer, Ranks())
+    return make_loader(args, "stage1", tokenizer, Ranks())
 
 
 def stage_names(args: argparse.Namespace) -> list[str]:
