@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 # The student's logits of a chunk, m * V. Each chunk reads and writes the head's whole float32 gradient once, so it
 # should be large. As a kernel or compiled, only two buffers live: these, and the teacher's for an eighth of the rows
-# at a time; 2.25 * 2**28 bytes (0.56 GiB) in bf16. Eagerly, about eight float32 temporaries of a chunk live: 32 MiB each.
+# at a time; 2.25 * 2**28 bytes (0.56 GiB) in bf16. Eagerly, about eight float32 temporaries of a chunk: 32 MiB each.
 CHUNK_LOGITS_COMPILED, CHUNK_LOGITS_EAGER = 2**28, 2**23
 PARTS_COMPILED = 8
 
