@@ -127,7 +127,7 @@ class Session:
             {"parameters/trainable": trainable, "parameters/frozen": frozen, "attention_layers": layers}
         )
         if self.resumed_from is None and self.args.eval_dataset:
-            self.log_metrics(self.progress, self.evaluate(self.progress))
+            self.log_metrics(self.progress.optimizer_step, self.evaluate(self.progress))
 
     def enter(self, stage: Stage) -> None:
         """Begin a stage anew, or put an interrupted one back where it stood."""
@@ -178,7 +178,7 @@ class Session:
             save_before_raising=(TooManyBadSteps, AnotherRankStopped, DataStreamLost, BadData),
         )
 
-    def log_metrics(self, progress: Progress, figures: dict[str, Any]) -> None:
+    def log_metrics(self, step: int, figures: dict[str, Any]) -> None:
         if not figures:  # of an evaluation that was cut short
             return
         if "train/loss" in figures:
@@ -190,7 +190,7 @@ class Session:
                 100 * figures["eval/top1_agreement"],
                 figures["eval/perplexity_ratio"],
             )
-        self.tracker.log({"train/tokens": progress.tokens, **figures}, step=progress.optimizer_step)
+        self.tracker.log(figures, step=step)
 
     def diagnose(self, progress: Progress, stage: Stage, batch: DeviceBatch) -> None:
         """Every `--diagnostics_interval` steps: figures of each layer, before the update (`layers/...`)."""
@@ -235,7 +235,7 @@ class Session:
             return {}
         if figures["kl"] < progress.best.get("kl", float("inf")):
             progress.best = {"kl": figures["kl"], "step": progress.optimizer_step}
-        return {f"eval/{name}": value for name, value in figures.items()}
+        return {"train/tokens": progress.tokens, **{f"eval/{name}": value for name, value in figures.items()}}
 
     def _held_out_sums(self, batch: Any) -> torch.Tensor:
         assert self.models is not None
@@ -244,8 +244,7 @@ class Session:
         theirs = models.hidden_states.finish(here)
         one = torch.ones((), device=models.device)
         terms = models.step(here.inputs, here.labels, here.valid, here.position_ids, theirs, one)
-        head = models.teacher.get_output_embeddings().weight.to(models.device)
-        return figure_sums(terms, theirs, head, here.labels, here.valid)
+        return figure_sums(terms, theirs, models.teacher_head, here.labels, here.valid)
 
     def save_due(self, progress: Progress) -> bool:
         """True when `--save_interval` micro steps or `--save_minutes` have passed since the last save.

@@ -56,6 +56,7 @@ class Models:
     device: torch.device
     teacher_device: torch.device
     dtype: torch.dtype
+    teacher_head: torch.Tensor | None = None  # [V, d] on the student's device, wherever the teacher goes
     step: Any = None  # the student with its loss; from `distribute` on under DDP or FSDP2
     hidden_states: Any = None  # where the teacher's come from (teacher.py)
 
@@ -131,6 +132,7 @@ def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, 
     models = Models(teacher, student, tokenizer, device, teacher_device, dtype)
     on_cpu = "none" if args.gradient_checkpointing == "auto" else args.gradient_checkpointing
     accelerate(args, models, inputs.estimate.modes if inputs.estimate else on_cpu)
+    models.teacher_head = models.teacher.get_output_embeddings().weight.detach().to(device)
     models.step = distillation_step(args, models)
     models.hidden_states = hidden_states(args, models, ranks)
     return models
@@ -138,10 +140,9 @@ def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, 
 
 def distillation_step(args: argparse.Namespace, models: Models) -> DistillationStep:
     """The student with its loss, as one module."""
-    head = models.teacher.get_output_embeddings().weight.to(models.device) if args.kl_weight > 0 else None
     return DistillationStep(
         models.student,
-        head,
+        models.teacher_head if args.kl_weight > 0 else None,
         temperature=args.temperature,
         kl_weight=args.kl_weight,
         ce_weight=args.ce_weight,
