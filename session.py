@@ -209,14 +209,14 @@ class Session:
     def sample(self, progress: Progress) -> None:
         """Every `--sample_interval` steps: what student and teacher write, side by side."""
         interval, step = self.args.sample_interval, progress.optimizer_step
-        if not interval or step % interval or not self.ranks.is_first:
+        if not interval or step % interval or not self.prompts or not self.ranks.is_first:
             return
         assert self.models is not None
-        models = self.models
+        models, prompts = self.models, self.prompts
         if is_sharded(models.student):
             log.warning("--sample_interval: a sharded student writes no samples")
+            self.prompts = []
             return
-        prompts = self.prompts
         if not self.teachers_samples:  # greedy and frozen: always the same
             self.teachers_samples = continuations(models.teacher, models.tokenizer, prompts)
         ours = continuations(models.student, models.tokenizer, prompts)
