@@ -165,10 +165,11 @@ def draw_stages(axis: Any, rows: Sequence[dict[str, Any]], x: str, colour: str, 
         if begun:
             axis.axvline(place, color=colour, linestyle=":", linewidth=1)
         if named:
-            axis.annotate(
+            text = axis.annotate(
                 f" {row['stage_begins']}", (place, 1.0), xycoords=("data", "axes fraction"), va="top",
-                fontsize="x-small", color="gray",
+                fontsize="x-small", color="gray", annotation_clip=True,
             )  # fmt: skip
+            text.set_in_layout(False)  # with a single point, a stage's start lies far outside the axes
         begun += 1
 
 

@@ -111,6 +111,13 @@ def test_one_run_names_its_stages(tmp_path, monkeypatch):
     assert not figures[0].legends
 
 
+def test_a_single_point_far_from_its_stages_start(tmp_path, recwarn):
+    rows = [{"step": 0, "stage_begins": "stage1"}, {"step": 60, "train/loss": 3.0, "train/kl": 0.1}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    plot_runs([tmp_path], tmp_path / "out.png")
+    assert not [str(warning.message) for warning in recwarn if "layout" in str(warning.message)]
+
+
 def test_values_that_no_logarithm_takes(tmp_path, monkeypatch):
     figures = drawn(monkeypatch)
     run = write_run(tmp_path / "run")
