@@ -181,7 +181,8 @@ def run(bench: argparse.Namespace, name: str, line: list[str], judge: Judge) -> 
     on_gpu = bench.device.startswith("cuda")
     row: dict[str, Any] = {
         "name": name,
-        "flags": shlex.join(line),
+        "flags": shlex.join(line[line.index("--output_dir") + 2 :]),  # the experiment's own
+        "command": shlex.join(["python", "train.py", *line]),
         "tokens": bench.tokens,
         "device": torch.cuda.get_device_name(bench.device) if on_gpu else "CPU",
         "versions": library_versions(),
