@@ -49,7 +49,8 @@ class Progress:
     stage_tokens: int = 0
     bad_steps: int = 0
     bad_in_a_row: int = 0
-    best: dict[str, float] = field(default_factory=dict)
+    evaluation: dict[str, float] = field(default_factory=dict)  # the last held-out figures, with their step
+    best: dict[str, float] = field(default_factory=dict)  # those of the lowest KL
     loader: dict[str, Any] = field(default_factory=dict)  # loader state at the next window's start
     meter: dict[str, float] = field(default_factory=dict)  # sums since the last log line
 
@@ -275,7 +276,7 @@ def run_stage(stage: Stage, progress: Progress, services: Services) -> bool:
             watch.push(bad, window)
             if progress.optimizer_step % services.log_interval == 0:
                 services.log_metrics(progress, meter.read())
-            meter.pause(lambda: _evaluate(services, progress))
+            meter.pause(lambda: _evaluate(stage, services, progress))
             if _finished(stage, progress):
                 break
             if stage.ranks.agree(services.save_due(progress) or services.save_requested())[0]:
@@ -506,10 +507,11 @@ def _finished(stage: Stage, progress: Progress) -> bool:
     return not stage.open_ended and progress.stage_step >= stage.total_steps
 
 
-def _evaluate(services: Services, progress: Progress) -> None:
-    """The evaluation, at its interval of optimizer steps."""
-    step = progress.optimizer_step
-    if services.evaluate is not None and services.eval_interval and step % services.eval_interval == 0:
+def _evaluate(stage: Stage, services: Services, progress: Progress) -> None:
+    """The evaluation, at its interval of optimizer steps and at the end of a stage."""
+    if services.evaluate is None or not services.eval_interval:
+        return
+    if progress.optimizer_step % services.eval_interval == 0 or _finished(stage, progress):
         services.log_metrics(progress, services.evaluate(progress))
 
 
