@@ -72,6 +72,21 @@ def real(minimum: float, *, above: bool = False, maximum: float = math.inf):
     return parse
 
 
+def layer(text: str) -> int | str:
+    """A layer's index, or `auto:K` with K at least 1, as it is."""
+    if re.fullmatch(r"auto:0*[1-9][0-9]{0,8}", text):
+        return f"auto:{int(text[5:])}"
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a layer's index or auto:K, K at least 1") from None
+
+
+def auto_layers(layers: Sequence[int | str]) -> int | None:
+    """K where `--layers` is `auto:K`, else None."""
+    return next((int(entry[5:]) for entry in layers if isinstance(entry, str)), None)
+
+
 def device(text: str) -> str:
     """`cpu`, `cuda` or `cuda:N`; N has at most two digits, since torch keeps it in 8 bits and wraps round."""
     if not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]?))?", text):
@@ -96,11 +111,12 @@ def build_parser() -> Parser:
     )
     add(
         "--layers",
-        type=int,
+        type=layer,
         nargs="+",
         default=[10, 14, 17, 30],
-        help="layers to replace by the teacher's; negative ones are ignored (-1: none)",
+        help="layers to replace by the teacher's; negative ones are ignored (-1: none); auto:K: the best K, measured",
     )
+    add("--choice_tokens", type=whole(1), default=8192, help="tokens of --eval_dataset or stage 1 for auto:K")
     add("--freeze_mlp", action="store_true", help="do not train the MLPs")
     add("--freeze_replaced_layers", action="store_true", help="do not train the replaced layers")
     add(
@@ -261,6 +277,8 @@ def validate(args: argparse.Namespace) -> None:
     for flag, used in (("max_lr", True), ("matrix_lr", args.matrix_tokens), ("hidden_lr", args.hidden_tokens)):
         if used and args.min_lr > getattr(args, flag):
             raise UserError(f"--min_lr {args.min_lr:g} is above --{flag} {getattr(args, flag):g}; lower it")
+    if auto_layers(args.layers) is not None and len(args.layers) > 1:
+        raise UserError(f"--layers {' '.join(map(str, args.layers))}: auto:K stands alone; leave the others out")
     if args.eval_interval and not args.eval_dataset:
         raise UserError("--eval_interval needs --eval_dataset, the held-out text to evaluate on")
     if args.update_in_backward and args.grad_accumulation_steps > 1:

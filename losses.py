@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # The student's logits of a chunk, m * V. Each chunk reads and writes the head's whole float32 gradient once, so it
-# should be large. Compiled, only two buffers live: these, and the teacher's for an eighth of the rows at a time;
-# 2.25 * 2**28 bytes (0.56 GiB) in bf16. Eagerly, about eight float32 temporaries of a chunk live: 32 MiB each.
+# should be large. As a kernel or compiled, only two buffers live: these, and the teacher's for an eighth of the rows
+# at a time; 2.25 * 2**28 bytes (0.56 GiB) in bf16. Eagerly, about eight float32 temporaries of a chunk: 32 MiB each.
 CHUNK_LOGITS_COMPILED, CHUNK_LOGITS_EAGER = 2**28, 2**23
 PARTS_COMPILED = 8
 
@@ -104,6 +104,15 @@ def _maybe_compiled(function: Any, compile: bool) -> Any:
     if function not in _compiled:
         _compiled[function] = torch.compile(function, dynamic=False)
     return _compiled[function]
+
+
+def _row_function(kernel: bool, compile: bool) -> Any:
+    """`scaled_terms` as one Triton kernel, compiled, or as it is."""
+    if not kernel:
+        return _maybe_compiled(scaled_terms, compile)
+    import loss_kernel
+
+    return loss_kernel.scaled_terms
 
 
 def _need_teacher(kl_weight: float, teacher: Tensor | None) -> None:
@@ -219,7 +228,7 @@ class _ChunkedKD(torch.autograd.Function):
         chunk: int,
         compile: bool,
     ) -> tuple[Tensor, Tensor]:
-        function = _maybe_compiled(scaled_terms, compile)
+        function = _row_function(compile and hidden.is_cuda and theirs is not None, compile)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         head = student_head.to(hidden.dtype)  # cast here: through autograd its gradient would be rounded to float16
         scale = torch.ones((), dtype=wide, device=hidden.device).mul_(grad_scale)  # no copy from the host to wait for

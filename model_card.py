@@ -15,8 +15,10 @@ def model_card(metadata: dict[str, Any]) -> str:
         f"| `--{name}` | `{value}` |" for name, value in sorted(flags.items()) if value not in (None, "")
     )
     versions = ", ".join(f"{name} {version}" for name, version in metadata["versions"].items())
+    layers = " ".join(map(str, metadata.get("attention_layers") or ())) or "none"
     lines = [
         f"teacher: `{flags['teacher_model']}`, student started from `{flags['student_model']}`",
+        f"attention layers kept: {layers}",
         f"text: {', then '.join(f'`{name}`' for name in text)}",
         f"trained on {progress['tokens']:,} tokens in {progress['optimizer_step']:,} optimizer steps",
         *held_out(progress, flags["eval_dataset"]),

@@ -8,7 +8,7 @@ that equal the teacher's share its storage.
 import copy
 import logging
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from arguments import UserError
+from arguments import UserError, auto_layers
 from folder_checks import check_folder
 from models import LlambaConfig, LlambaForCausalLM
 from models.modeling_llamba import AttentionInputs
@@ -173,9 +173,15 @@ def check_pair(student: LlambaConfig, teacher: Any, name: str) -> None:
             raise UserError(f"--student_model {name}: {field} is {ours}, but the teacher's is {theirs}")
 
 
-def check_layers(layers: Collection[int], n_layer: int) -> list[int]:
-    """Sorted, unique layer indices; negative ones are passed over, one out of range is a `UserError`."""
-    chosen = sorted({index for index in layers if index >= 0})
+def check_layers(layers: Sequence[int | str], n_layer: int) -> list[int]:
+    """Sorted, unique layer indices; negative ones are passed over, one out of range is a `UserError`.
+
+    None for `auto:K`, whose layers are chosen once there are weights, with K below the number of layers.
+    """
+    wanted = auto_layers(layers)
+    if wanted is not None and wanted >= n_layer:
+        raise UserError(f"--layers auto:{wanted}: the teacher has {n_layer} layers; use auto:1 to auto:{n_layer - 1}")
+    chosen = sorted({index for index in layers if isinstance(index, int) and index >= 0})
     if chosen and chosen[-1] >= n_layer:
         raise UserError(f"--layers {chosen[-1]}: the teacher has layers 0 to {n_layer - 1}")
     return chosen
@@ -234,7 +240,7 @@ def teacher_tensors(teacher: PreTrainedModel) -> Iterator[tuple[str, torch.Tenso
 
 
 def apply_replacements(
-    student: LlambaForCausalLM, teacher: PreTrainedModel, layers: Collection[int]
+    student: LlambaForCausalLM, teacher: PreTrainedModel, layers: Sequence[int]
 ) -> LlambaForCausalLM:
     """Put deep copies of the teacher's whole layers at `layers` and bind its rotary embedding to the student.
 

@@ -119,9 +119,12 @@ class Session:
         parameters = list(self.models.student.parameters())
         trainable = sum(p.numel() for p in parameters if p.requires_grad)
         frozen = sum(p.numel() for p in parameters) - trainable
-        self.tracker.summary({"parameters/trainable": trainable, "parameters/frozen": frozen})
+        layers = self.models.student.config.attention_layers
+        self.tracker.summary(
+            {"parameters/trainable": trainable, "parameters/frozen": frozen, "attention_layers": layers}
+        )
         if self.resumed_from is None and self.args.eval_dataset:
-            self.log_metrics(self.progress, self.evaluate(self.progress))
+            self.log_metrics(self.progress.optimizer_step, self.evaluate(self.progress))
 
     def enter(self, stage: Stage) -> None:
         """Begin a stage anew, or put an interrupted one back where it stood."""
@@ -170,7 +173,7 @@ class Session:
             save_before_raising=(TooManyBadSteps, AnotherRankStopped, DataStreamLost, BadData),
         )
 
-    def log_metrics(self, progress: Progress, figures: dict[str, Any]) -> None:
+    def log_metrics(self, step: int, figures: dict[str, Any]) -> None:
         if not figures:  # of an evaluation that was cut short
             return
         if "train/loss" in figures:
@@ -182,7 +185,7 @@ class Session:
                 100 * figures["eval/top1_agreement"],
                 figures["eval/perplexity_ratio"],
             )
-        self.tracker.log({"train/tokens": progress.tokens, **figures}, step=progress.optimizer_step)
+        self.tracker.log(figures, step=step)
 
     def evaluate(self, progress: Progress) -> dict[str, float]:
         """Held-out figures as `eval/...` (the teacher's own once); a new best KL makes a save due."""
@@ -199,7 +202,7 @@ class Session:
         progress.evaluation = {**progress.evaluation, **figures, "step": progress.optimizer_step}
         if figures["kl"] < progress.best.get("kl", float("inf")):
             progress.best = progress.evaluation
-        return {f"eval/{name}": value for name, value in figures.items()}
+        return {"train/tokens": progress.tokens, **{f"eval/{name}": value for name, value in figures.items()}}
 
     def _held_out_sums(self, batch: Any) -> torch.Tensor:
         assert self.models is not None
@@ -208,8 +211,7 @@ class Session:
         theirs = models.hidden_states.finish(here)
         one = torch.ones((), device=models.device)
         terms = models.step(here.inputs, here.labels, here.valid, here.position_ids, theirs, one)
-        head = models.teacher.get_output_embeddings().weight.to(models.device)
-        return figure_sums(terms, theirs, head, here.labels, here.valid)
+        return figure_sums(terms, theirs, models.teacher_head, here.labels, here.valid)
 
     def save_due(self, progress: Progress) -> bool:
         """True when `--save_interval` micro steps or `--save_minutes` have passed, and at a new best evaluation.
@@ -262,6 +264,7 @@ class Session:
             "progress": progress,
             "finished": finished,
             "flags": mask_secrets(vars(self.args)),
+            "attention_layers": student.config.attention_layers,
             "ranks": self.ranks.world_size,
             "versions": library_versions(),
             "wandb_run_id": self.tracker.run_id,

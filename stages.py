@@ -1,6 +1,7 @@
 """From flags to stages: which stages a run has, and for each its loader, micro step, optimizer and schedule."""
 
 import argparse
+import functools
 import logging
 import math
 from dataclasses import dataclass
@@ -12,9 +13,10 @@ from transformers import PreTrainedModel
 
 import parallel
 from acceleration import UpdateInBackward, accelerate
-from arguments import UserError
+from arguments import UserError, auto_layers
 from data import SourceSpec, build_loader, estimate_steps_per_epoch
 from initialization import calibrate_mixers, student_config
+from layer_choice import choose_layers
 from memory import GIB, MemoryEstimate, estimate_memory
 from model_utils import (
     FROM_TEACHER,
@@ -54,6 +56,7 @@ class Models:
     device: torch.device
     teacher_device: torch.device
     dtype: torch.dtype
+    teacher_head: torch.Tensor | None = None  # [V, d] on the student's device, wherever the teacher goes
     step: Any = None  # the student with its loss; from `distribute` on under DDP or FSDP2
     hidden_states: Any = None  # where the teacher's come from (teacher.py)
 
@@ -112,6 +115,10 @@ def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, 
         if student_source == FROM_TEACHER:
             tokens = calibration_tokens(args, stage_names(args)[0], tokenizer)
             calibrate_mixers(student, teacher, tokens.to(teacher_device))
+        if auto_layers(args.layers) is not None:
+            open_text = functools.partial(choice_batches, args, tokenizer)
+            chosen = ranks.first(lambda: choose_layers(args, teacher, student, open_text))
+            apply_replacements(student, teacher, chosen)
     freeze(student, mlp=args.freeze_mlp, replaced_layers=args.freeze_replaced_layers)
     share_frozen_weights(student, teacher)
     student.train()
@@ -119,6 +126,7 @@ def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, 
     models = Models(teacher, student, tokenizer, device, teacher_device, dtype)
     on_cpu = "none" if args.gradient_checkpointing == "auto" else args.gradient_checkpointing
     accelerate(args, models, inputs.estimate.modes if inputs.estimate else on_cpu)
+    models.teacher_head = models.teacher.get_output_embeddings().weight.detach().to(device)
     models.step = distillation_step(args, models)
     models.hidden_states = hidden_states(args, models, ranks)
     return models
@@ -126,10 +134,9 @@ def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, 
 
 def distillation_step(args: argparse.Namespace, models: Models) -> DistillationStep:
     """The student with its loss, as one module."""
-    head = models.teacher.get_output_embeddings().weight.to(models.device) if args.kl_weight > 0 else None
     return DistillationStep(
         models.student,
-        head,
+        models.teacher_head if args.kl_weight > 0 else None,
         temperature=args.temperature,
         kl_weight=args.kl_weight,
         ce_weight=args.ce_weight,
@@ -177,6 +184,13 @@ def calibration_tokens(args: argparse.Namespace, name: str, tokenizer: Any) -> t
             break
     loader.close()
     return torch.stack(rows[:CALIBRATION_SEQUENCES])
+
+
+def choice_batches(args: argparse.Namespace, tokenizer: Any) -> Any:
+    """What `--layers auto:K` measures on: the held-out text if there is one, else stage 1's own."""
+    if args.eval_dataset:
+        return held_out_batches(args, args.eval_dataset, tokenizer, Ranks())
+    return make_loader(args, "stage1", tokenizer, Ranks())
 
 
 def stage_names(args: argparse.Namespace) -> list[str]:

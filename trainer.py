@@ -10,7 +10,6 @@ Words: a *micro step* is one forward/backward of one batch, an *optimizer step* 
 import itertools
 import logging
 import math
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,17 +18,11 @@ import torch
 from torch import nn
 
 from losses import KDTerms, chunked_kd_loss
+from meter import BadStepWatch, Meter, Reading, Sums, TooManyBadSteps
 from optimizer import clip_and_step
 from parallel import Ranks
 
 log = logging.getLogger(__name__)
-
-Sums = dict[str, torch.Tensor]
-
-
-class TooManyBadSteps(RuntimeError):
-    """`--max_bad_steps` optimizer steps in a row had a non-finite loss or gradient."""
-
 
 class AnotherRankStopped(RuntimeError):
     """A failure on another rank ends the run on this one too, after saving together."""
@@ -92,7 +85,7 @@ class Stage:
 class Services:
     """Who is told what: the loop calls these and knows nothing of what is behind them."""
 
-    log_metrics: Callable[[Progress, dict[str, Any]], None]
+    log_metrics: Callable[[int, dict[str, Any]], None]  # optimizer step, figures
     save: Callable[[Progress, Stage], Any]
     save_due: Callable[[Progress], bool] = lambda progress: False
     stop_requested: Callable[[], bool] = lambda: False
@@ -256,7 +249,7 @@ def run_stage(stage: Stage, progress: Progress, services: Services) -> bool:
     A step with a non-finite loss or gradient leaves the weights as they are and is counted. Raises
     `TooManyBadSteps` after `services.max_bad_steps` of them in a row, with a checkpoint of the last good state.
     """
-    meter = Meter(progress, stage)
+    meter, journal = Meter(progress, stage), Journal(services)
     watch = BadStepWatch(progress, services.max_bad_steps)
     parameters = stage.parameters()
     batches = feed(stage)
@@ -274,26 +267,47 @@ def run_stage(stage: Stage, progress: Progress, services: Services) -> bool:
             _advance(progress, stage, window)
             meter.add(sums, norm, bad, rate)
             watch.push(bad, window)
+            journal.write()  # a step late: by now these figures have arrived
             if progress.optimizer_step % services.log_interval == 0:
-                services.log_metrics(progress, meter.read())
-            meter.pause(lambda: _evaluate(stage, services, progress))
+                journal.add(meter.read())
+            meter.pause(lambda: _evaluate(stage, services, progress, journal))
             if _finished(stage, progress):
                 break
             if stage.ranks.agree(services.save_due(progress) or services.save_requested())[0]:
-                _save(stage, progress, services, meter, watch)
+                _save(stage, progress, services, meter, watch, journal)
         watch.flush()
     except services.save_before_raising:
         stage.optimizer.zero_grad(set_to_none=True)
-        _save(stage, progress, services, meter, None)
+        _save(stage, progress, services, meter, None, journal)
         raise
     finally:
         batches.close()
     stage.optimizer.zero_grad(set_to_none=True)
     progress.stage_done = _finished(stage, progress) or not coming.stopped
     if progress.stage_done and meter.steps:
-        services.log_metrics(progress, meter.read())
-    _save(stage, progress, services, meter, watch)
+        journal.add(meter.read())
+    _save(stage, progress, services, meter, watch, journal)
     return progress.stage_done
+
+
+class Journal:
+    """Log lines that are told once their figures have come from the device."""
+
+    def __init__(self, services: Services):
+        self.services = services
+        self.coming: list[Reading] = []
+
+    def add(self, reading: Reading) -> None:
+        """Tell it now if its figures are on the host, else when `write` is called next."""
+        self.coming.append(reading)
+        if reading.sums.event is None:
+            self.write()
+
+    def write(self) -> None:
+        """Tell all of them, waiting for those that have just been read."""
+        for reading in self.coming:
+            self.services.log_metrics(reading.step, reading.figures())
+        self.coming = []
 
 
 class AgreedWindows:
@@ -346,153 +360,6 @@ def accumulate(stage: Stage, window: list[DeviceBatch], stop: Callable[[], bool]
     return total
 
 
-OWN_FIGURES = ("grad_norm", "bad", "steps", "loss_max", "grad_norm_max")  # not summed over ranks
-
-
-class Meter:
-    """Means over the optimizer steps since the last log line; sums stay on the device until they are read.
-
-    Beside them the largest loss (of this rank's tokens) and gradient norm of a single step, which show a spike.
-    """
-
-    def __init__(self, progress: Progress, stage: Stage):
-        self.progress, self.stage = progress, stage
-        self.sums: dict[str, Any] = self._own_share(progress.meter)
-        self.rate = 0.0
-        self.restart()
-
-    def restart(self) -> None:
-        self.since = time.perf_counter()
-        self.waited = self.stage.loader.waited_seconds
-        self.steps = 0
-        self.first_tokens = self.progress.tokens
-
-    def add(self, sums: Sums, norm: torch.Tensor, bad: torch.Tensor, rate: float) -> None:
-        step = {**sums, "grad_norm": norm, "bad": bad, "steps": torch.ones_like(norm)}
-        for name, value in step.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach().double()
-        for name, value in (("loss_max", sums["loss"] / sums["tokens"].clamp(min=1.0)), ("grad_norm_max", norm)):
-            value, before = value.detach().double(), self.sums.get(name, -math.inf)
-            self.sums[name] = torch.maximum(value, before) if torch.is_tensor(before) else value.clamp(min=before)
-        self.rate = rate
-        self.steps += 1
-
-    def pause(self, work: Callable[[], None]) -> None:
-        """Do something that is no part of a step's time, such as an evaluation."""
-        began = time.perf_counter()
-        work()
-        self.since += time.perf_counter() - began
-
-    def totals(self) -> dict[str, float]:
-        """The sums over all ranks as plain numbers (waits for the device), so that a checkpoint can hold them."""
-        names = list(self.sums)
-        if not names:
-            return {}
-        given = [torch.as_tensor(self.sums[name], dtype=torch.float64) for name in names]
-        values = torch.stack([value.to(self.stage.device) for value in given])
-        shared = torch.tensor([name not in OWN_FIGURES for name in names])
-        values = torch.where(shared.to(values.device), self.stage.ranks.sum(values), values)
-        totals = dict(zip(names, values.tolist()))
-        self.sums = self._own_share(totals)
-        return totals
-
-    def _own_share(self, totals: dict[str, float]) -> dict[str, Any]:
-        """What this rank goes on from, so that sums over ranks stay what they are."""
-        if self.stage.ranks.is_first:
-            return dict(totals)
-        return {name: value if name in OWN_FIGURES else 0.0 for name, value in totals.items()}
-
-    def read(self) -> dict[str, Any]:
-        """The figures of a log line; starts the next interval."""
-        sums = self.totals()
-        shared = [name for name in sums if name not in OWN_FIGURES]
-        tokens, steps = max(sums["tokens"], 1.0), max(sums["steps"], 1.0)
-        elapsed = time.perf_counter() - self.since
-        figures: dict[str, Any] = {
-            name if "/" in name else f"train/{name}": sums[name] / tokens for name in shared if name != "tokens"
-        }
-        for name in [name for name in figures if "/squared_error_" in name]:
-            figures[name.replace("/squared_", "/relative_")] = math.sqrt(figures.pop(name))
-        done, total = self.progress.stage_step, self.progress.stage_total
-        seconds = elapsed / max(self.steps, 1)
-        figures |= {
-            "train/grad_norm": sums["grad_norm"] / steps,
-            "train/loss_max": sums["loss_max"],
-            "train/grad_norm_max": sums["grad_norm_max"],
-            "train/lr": self.rate,
-            "train/tokens": self.progress.tokens,
-            "train/optimizer_step": self.progress.optimizer_step,
-            "train/tokens_per_second": (self.progress.tokens - self.first_tokens) / max(elapsed, 1e-9),
-            "train/bad_steps": self.progress.bad_steps,
-            "perf/step_seconds": seconds,
-            "perf/eta_seconds": max(total - done, 0) * seconds,
-            "perf/peak_memory_gib": peak_memory_gib(self.stage.device),
-            **self._waiting(),
-            "stage": self.progress.stage,
-            "stage_step": done,
-            "stage_total": total,
-        }
-        self.sums = {}
-        self.restart()
-        return figures
-
-    def _waiting(self) -> dict[str, float]:
-        """Seconds a step of waiting for data: the slowest rank's, and each rank's where there are several."""
-        own = (self.stage.loader.waited_seconds - self.waited) / max(self.steps, 1)
-        every = self.stage.ranks.gather(own)
-        each = {f"data/wait_seconds_rank_{rank}": seconds for rank, seconds in enumerate(every)}
-        return {"data/wait_seconds": max(every), **(each if len(every) > 1 else {})}
-
-
-class BadStepWatch:
-    """Counts skipped updates. On a GPU the flag is read one step late, so that the CPU never waits for it."""
-
-    def __init__(self, progress: Progress, limit: int):
-        self.progress, self.limit = progress, limit
-        self.pending: tuple[torch.Tensor, Any, int, list[str]] | None = None
-
-    def push(self, bad: torch.Tensor, window: list[DeviceBatch]) -> None:
-        documents = sorted({name for batch in window for name in batch.document_ids})
-        self.flush()
-        event = None
-        if bad.device.type == "cuda":
-            bad = bad.to("cpu", non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        self.pending = (bad, event, self.progress.optimizer_step, documents)
-        if event is None:
-            self.flush()
-
-    def flush(self) -> None:
-        if self.pending is None:
-            return
-        bad, event, step, documents = self.pending
-        self.pending = None
-        if event is not None:
-            event.synchronize()
-        if not bool(bad):
-            self.progress.bad_in_a_row = 0
-            return
-        self.progress.bad_steps += 1
-        self.progress.bad_in_a_row += 1
-        names = ", ".join(documents[:8]) + (f" and {len(documents) - 8} more" if len(documents) > 8 else "")
-        log.warning("step %d: non-finite loss or gradient, update skipped; documents: %s", step, names)
-        if self.progress.bad_in_a_row >= self.limit:
-            raise TooManyBadSteps(
-                f"{self.limit} optimizer steps in a row had a non-finite loss or gradient, the last one step {step}; "
-                "try a lower --max_lr, a smaller --grad_clip or --dtype float32"
-            )
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory in GiB: allocated on a CUDA device, resident set of the process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 def _advance(progress: Progress, stage: Stage, window: list[DeviceBatch]) -> None:
     progress.optimizer_step += 1
     progress.stage_step += 1
@@ -507,15 +374,24 @@ def _finished(stage: Stage, progress: Progress) -> bool:
     return not stage.open_ended and progress.stage_step >= stage.total_steps
 
 
-def _evaluate(stage: Stage, services: Services, progress: Progress) -> None:
+def _evaluate(stage: Stage, services: Services, progress: Progress, journal: Journal) -> None:
     """The evaluation, at its interval of optimizer steps and at the end of a stage."""
     if services.evaluate is None or not services.eval_interval:
         return
     if progress.optimizer_step % services.eval_interval == 0 or _finished(stage, progress):
-        services.log_metrics(progress, services.evaluate(progress))
+        journal.write()
+        services.log_metrics(progress.optimizer_step, services.evaluate(progress))
 
 
-def _save(stage: Stage, progress: Progress, services: Services, meter: Meter, watch: BadStepWatch | None) -> None:
+def _save(
+    stage: Stage,
+    progress: Progress,
+    services: Services,
+    meter: Meter,
+    watch: BadStepWatch | None,
+    journal: Journal,
+) -> None:
+    journal.write()
     if watch is not None:
         watch.flush()
     progress.meter = meter.totals()

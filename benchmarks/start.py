@@ -45,6 +45,8 @@ STARTS: dict[str, dict[str, Any]] = {
     "gate open, random weights": {"gate": (SILU_IS_ONE, 0.02)},
     "gate without bias, random weights": {"gate": (0.0, 0.02)},
     "not calibrated": {"calibrate": False},
+    "a factor a head, half life 1": {"per_head": True, "half_lives": (1.0, 1.0)},
+    "a factor a head, half lives 1 to 8": {"per_head": True, "half_lives": (1.0, 8.0)},
 }
 
 

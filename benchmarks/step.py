@@ -125,6 +125,7 @@ def build_pair(args: argparse.Namespace, sizes: Preset, *, share: bool) -> stage
 
 def place(args: argparse.Namespace, models: stages.Models, ranks: Ranks) -> None:
     """Put the teacher where the flags want it, and make the step, as `stages.build_models` does."""
+    models.teacher_head = models.teacher.get_output_embeddings().weight.detach()
     models.step = stages.distillation_step(args, models)
     if ranks.alone and args.teacher_device:
         models.teacher_device = torch.device(args.teacher_device)

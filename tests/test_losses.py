@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from losses import accumulate_product, chunked_kd_loss, dense_kd_loss
+from losses import accumulate_product, chunked_kd_loss, dense_kd_loss, scaled_terms
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}  # bf16 rounds logits of 10 by 0.03
 
@@ -213,16 +213,36 @@ def test_accumulated_product():
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_compiled():
-    hidden, head, theirs, their_head, labels, valid = (x.cuda() for x in problem(300, torch.bfloat16, V=1000, d=64))
+@pytest.mark.parametrize("V", [1000, 9001])
+@pytest.mark.parametrize("options", [{}, {"temperature": 2.0, "kl_weight": 0.7, "ce_weight": 0.4}])
+def test_the_kernel_on_a_gpu(V, options):
+    hidden, head, theirs, their_head, labels, valid = (x.cuda() for x in problem(300, torch.bfloat16, V=V, d=64))
     exact_hidden, exact_head = (x.detach().double().clone().requires_grad_() for x in (hidden, head))
-    wanted = dense_kd_loss(exact_hidden @ exact_head.T, theirs.double() @ their_head.double().T, labels, valid)
+    logits = exact_hidden @ exact_head.T
+    wanted = dense_kd_loss(logits, theirs.double() @ their_head.double().T, labels, valid, **options)
     wanted.loss.backward()
     hidden.requires_grad_(), head.requires_grad_()
-    buffer = torch.zeros(1000, 64, device="cuda")
-    given = chunked_kd_loss(
-        hidden, head, theirs, their_head, labels, valid, head_grad=buffer, chunk_size=128, compile=True
-    )
-    given.loss.backward()
-    assert error(hidden.grad, exact_hidden.grad) < 2e-2 and error(buffer, exact_head.grad) < 2e-2
-    assert error(given.kl_sum, wanted.kl_sum) < 2e-2
+    for compile in (True, False):
+        hidden.grad, buffer = None, torch.zeros(V, 64, device="cuda")
+        given = chunked_kd_loss(
+            hidden, head, theirs, their_head, labels, valid,
+            head_grad=buffer, chunk_size=128, compile=compile, **options,
+        )  # fmt: skip
+        given.loss.backward()
+        assert error(hidden.grad, exact_hidden.grad) < 2e-2 and error(buffer, exact_head.grad) < 2e-2
+        assert error(given.kl_sum, wanted.kl_sum) < 2e-2 and error(given.ce_sum, wanted.ce_sum) < 1e-2
+        assert error(given.loss, wanted.loss) < 1e-2 and given.tokens == wanted.tokens
+        assert abs(given.agree_sum - wanted.agree_sum) <= 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [(1.0, 1.0, 0.0), (1.0, 0.5, 0.5), (3.0, 1.0, 0.2)])
+def test_the_kernel_is_its_definition(options):
+    from loss_kernel import scaled_terms as kernel
+
+    student, teacher = (3 * torch.randn(50, 5003, device="cuda") for _ in range(2))
+    labels, valid = torch.randint(0, 5003, (50,), device="cuda"), torch.rand(50, device="cuda") < 0.8
+    scale = torch.tensor(0.01, device="cuda")
+    wanted = scaled_terms(exact := student.double(), teacher.double(), labels, valid, scale.double(), *options)
+    given = kernel(student, teacher, labels, valid, scale, *options)
+    assert error(given, wanted) < 1e-5 and error(student, exact) < 1e-5

@@ -164,7 +164,8 @@ def test_out_of_memory_is_advice_and_exit_3(tiny_teacher, sources, tmp_path, dev
         tiny_teacher, sources, tmp_path / "run", device=device, seq_length=1024, batch_size=24, max_steps=50,
         save_interval=1, no_compile=True, gradient_checkpointing="none", skip_stage2=True,
     )  # fmt: skip
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     first = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *argv], stdout=subprocess.DEVNULL, env=env)
     while not list((tmp_path / "run").glob("checkpoint-*")) and first.poll() is None:
         time.sleep(0.05)
