@@ -155,9 +155,9 @@ def calibrate_mixers(
     teacher: Any,
     tokens: torch.Tensor,
     *,
-    half_lives: tuple[float, float] = (64.0, 64.0),
+    half_lives: tuple[float, float] = (1.0, 1.0),
     split: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3),
-    per_head: bool = False,
+    per_head: bool = True,
 ) -> dict[int, float]:
     """Set each mixer's decay and the scale of its output on a few real sequences, tokens int64 [b, t].
 

@@ -132,10 +132,12 @@ def get_student_model(
     *,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
+    attn_implementation: str = "sdpa",
     local_files_only: bool = False,
 ) -> LlambaForCausalLM:
     """Load the student from a hub id or folder, or build it to the teacher's sizes (`from_teacher`).
 
+    attn_implementation: of the attention layers that a checkpoint of a hybrid holds.
     Raises `UserError` when the checkpoint is incomplete, has keys too few, too many or misshapen, or when its
     vocabulary or sizes do not fit the teacher's.
     """
@@ -145,8 +147,9 @@ def get_student_model(
         return student_from_teacher(teacher, dtype=dtype, device=device)
     _require_model_folder(name)
     try:
-        student = LlambaForCausalLM.load(name, dtype=dtype, local_files_only=local_files_only)
-    except (OSError, ValueError) as error:
+        options: dict[str, Any] = dict(attn_implementation=attn_implementation, local_files_only=local_files_only)
+        student = LlambaForCausalLM.load(name, dtype=dtype, **options)
+    except (OSError, ValueError, ImportError) as error:
         raise UserError(_load_failure("student", name, local_files_only, error)) from error
     check_pair(student.config, teacher.config, name)
     placed: Any = student

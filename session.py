@@ -224,7 +224,7 @@ class Session:
         self.tracker.samples(["prompt", "student", "teacher"], rows, step=step)
 
     def evaluate(self, progress: Progress) -> dict[str, float]:
-        """Held-out figures as `eval/...`; a new best KL marks the next checkpoint as the one to keep."""
+        """Held-out figures as `eval/...` (the teacher's own once); a new best KL makes a save due."""
         assert self.models is not None
         args = self.args
         batches = held_out_batches(args, args.eval_dataset, self.models.tokenizer, self.ranks)
@@ -233,8 +233,11 @@ class Session:
         if not figures:
             log.warning("the evaluation at step %d is left out: a signal asks to stop", progress.optimizer_step)
             return {}
+        if progress.evaluation:
+            del figures["teacher_perplexity"]
+        progress.evaluation = {**progress.evaluation, **figures, "step": progress.optimizer_step}
         if figures["kl"] < progress.best.get("kl", float("inf")):
-            progress.best = {"kl": figures["kl"], "step": progress.optimizer_step}
+            progress.best = progress.evaluation
         return {"train/tokens": progress.tokens, **{f"eval/{name}": value for name, value in figures.items()}}
 
     def _held_out_sums(self, batch: Any) -> torch.Tensor:
@@ -247,7 +250,7 @@ class Session:
         return figure_sums(terms, theirs, models.teacher_head, here.labels, here.valid)
 
     def save_due(self, progress: Progress) -> bool:
-        """True when `--save_interval` micro steps or `--save_minutes` have passed since the last save.
+        """True when `--save_interval` micro steps or `--save_minutes` have passed, and at a new best evaluation.
 
         Asked after each optimizer step; after a stage's first, memory for its snapshots is taken in the background.
         """
@@ -260,7 +263,8 @@ class Session:
         ):
             state, student = self._trainer_state(stage), self.models.student
             self.store.prepare(model=student, trainer_state=state, frozen=frozen_names(student))
-        return progress.micro_step - self.micro_steps_saved >= self.args.save_interval or self.clock.due()
+        passed = progress.micro_step - self.micro_steps_saved >= self.args.save_interval or self.clock.due()
+        return passed or progress.best.get("step") == progress.optimizer_step
 
     def save(self, progress: Progress, stage: Stage) -> None:
         """Write `checkpoint-<step>`: whole state, so that a resumed run equals one never interrupted."""

@@ -101,16 +101,10 @@ def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, 
     """Load the pair and do the surgery, unless the student is a checkpoint that already had it."""
     (device, teacher_device), tokenizer = devices, inputs.tokenizer
     dtype = getattr(torch, args.dtype)
-    local = args.local_files_only
-    teacher = get_teacher_model(
-        args.teacher_model,
-        dtype=dtype,
-        device=teacher_device,
-        attn_implementation=args.attn_implementation,
-        local_files_only=local,
-    )
+    options = dict(attn_implementation=args.attn_implementation, local_files_only=args.local_files_only)
+    teacher = get_teacher_model(args.teacher_model, dtype=dtype, device=teacher_device, **options)
     parameter_dtype = torch.float32 if dtype == torch.float16 else dtype
-    student = get_student_model(student_source, teacher, dtype=parameter_dtype, device=device, local_files_only=local)
+    student = get_student_model(student_source, teacher, dtype=parameter_dtype, device=device, **options)
     if is_distilled(student):
         log.info("%s is a distilled student: its weights and layers are kept as they are", student_source)
     else:

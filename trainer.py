@@ -43,7 +43,8 @@ class Progress:
     stage_tokens: int = 0
     bad_steps: int = 0
     bad_in_a_row: int = 0
-    best: dict[str, float] = field(default_factory=dict)
+    evaluation: dict[str, float] = field(default_factory=dict)  # the last held-out figures, with their step
+    best: dict[str, float] = field(default_factory=dict)  # those of the lowest KL
     loader: dict[str, Any] = field(default_factory=dict)  # loader state at the next window's start
     meter: dict[str, float] = field(default_factory=dict)  # sums since the last log line
 
@@ -273,7 +274,8 @@ def run_stage(stage: Stage, progress: Progress, services: Services) -> bool:
             journal.write()  # a step late: by now these figures have arrived
             if progress.optimizer_step % services.log_interval == 0:
                 journal.add(meter.read())
-            meter.pause(lambda: _evaluate(services, progress, journal))
+            meter.pause(lambda: _evaluate(stage, services, progress, journal))
+            meter.pause(lambda: services.sample(progress))
             if _finished(stage, progress):
                 break
             if stage.ranks.agree(services.save_due(progress) or services.save_requested())[0]:
@@ -375,13 +377,13 @@ def _finished(stage: Stage, progress: Progress) -> bool:
     return not stage.open_ended and progress.stage_step >= stage.total_steps
 
 
-def _evaluate(services: Services, progress: Progress, journal: Journal) -> None:
-    """The evaluation, at its interval of optimizer steps, and what is sampled beside it."""
-    step = progress.optimizer_step
-    if services.evaluate is not None and services.eval_interval and step % services.eval_interval == 0:
+def _evaluate(stage: Stage, services: Services, progress: Progress, journal: Journal) -> None:
+    """The evaluation, at its interval of optimizer steps and at the end of a stage."""
+    if services.evaluate is None or not services.eval_interval:
+        return
+    if progress.optimizer_step % services.eval_interval == 0 or _finished(stage, progress):
         journal.write()
-        services.log_metrics(step, services.evaluate(progress))
-    services.sample(progress)
+        services.log_metrics(progress.optimizer_step, services.evaluate(progress))
 
 
 def _save(

@@ -4,12 +4,14 @@
         hub.add("datasets", "org/text", folder)
         subprocess.run(..., env=hub.environment(home))
 
-Only on 127.0.0.1. A fault is taken by the next requests whose path contains its `match`, `count` times.
+Only on 127.0.0.1; `push_to_hub` works too (`hub_uploads.py`). A fault is taken by the next requests whose path
+contains its `match`, `count` times.
 """
 
 import hashlib
 import json
 import re
+import tempfile
 import threading
 import time
 import urllib.parse
@@ -17,6 +19,8 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+from hub_uploads import Uploads, body_of
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -42,6 +46,8 @@ class LoopbackHub:
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str, str | None]] = []
         self.lock = threading.Lock()
+        self.temporary = tempfile.TemporaryDirectory()
+        self.uploads = Path(self.temporary.name)  # repositories made by clients
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
@@ -54,6 +60,7 @@ class LoopbackHub:
     def __exit__(self, *error: Any) -> None:
         self.server.shutdown()
         self.server.server_close()
+        self.temporary.cleanup()
 
     def add(self, kind: str, name: str, folder: Path, *, gated: bool = False) -> None:
         """Serve `folder` as the repository `name` of `kind` (datasets or models)."""
@@ -86,7 +93,7 @@ class LoopbackHub:
         return None
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Uploads, BaseHTTPRequestHandler):
     hub: LoopbackHub
     protocol_version = "HTTP/1.1"
 
@@ -100,8 +107,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def do_POST(self) -> None:
-        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.body = body_of(self)
         self._answer()
+
+    do_PUT = do_POST
 
     def _answer(self) -> None:
         url = urllib.parse.urlsplit(self.path)
@@ -112,6 +121,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.fault is not None and self.fault.kind == "status":
             extra = {} if self.fault.retry_after is None else {"Retry-After": f"{self.fault.retry_after:g}"}
             return self._json({"error": "fault"}, self.fault.status, extra)
+        if self.answer_upload(self.command, path):
+            return None
         api = re.fullmatch(
             r"/api/(datasets|models)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(/.*)?)?", path
         )

@@ -51,7 +51,7 @@ def test_both_stages_leave_a_whole_run(finished):
 
 def test_held_out_kl_falls(finished):
     held_out = [row["eval/kl"] for row in runs.metrics(finished[0]) if "eval/kl" in row]
-    assert len(held_out) == 3 and held_out[-1] < held_out[0]
+    assert len(held_out) == 4 and held_out[-1] < held_out[0]
 
 
 def test_the_final_model_loads_without_this_repository(finished, tmp_path):
