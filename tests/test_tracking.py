@@ -119,7 +119,7 @@ def test_layers_samples_stages_and_resume_in_an_offline_run(tmp_path, tiny_teach
                 if "train/stage_number" in row] == [(1, 0), (2, 1)]  # fmt: skip
         assert summary["hidden/first_step"] == 0 and summary["stage1/first_step"] == 1
         evaluated = [(row["train/optimizer_step"], row["train/tokens"]) for row in history if "eval/kl" in row]
-        assert evaluated == [(0, 0), (5, 640)]
+        assert evaluated == [(0, 0), (1, 128), (5, 640)]
         table = next(row for row in history if row.get("samples/texts/_type") == "table-file")
         content = json.loads(next((tmp_path / part).rglob(table["samples/texts/path"])).read_text())
         assert content["columns"] == ["step", "prompt", "student", "teacher"]
