@@ -336,7 +336,8 @@ def _try_optimizer(args: argparse.Namespace, student: nn.Module) -> None:
     """
     matrices = [p for p in student.parameters() if p.requires_grad and p.ndim > 1]
     kinds = {(block_length(p) or 64, p.dtype, p.device) for p in matrices}
-    small = nn.ParameterList(torch.zeros(TRIAL_ROWS, width, dtype=dtype, device=device) for width, dtype, device in kinds)
+    tensors = (torch.zeros(TRIAL_ROWS, width, dtype=dtype, device=device) for width, dtype, device in kinds)
+    small = nn.ParameterList(tensors)
     for parameter in small:
         parameter.grad = torch.zeros_like(parameter)
     build_optimizer(args.optimizer, small, lr=args.max_lr, weight_decay=args.weight_decay, compile=True).step()

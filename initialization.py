@@ -13,8 +13,9 @@ close to un-decayed linear attention and finite:
 * norms of queries and keys (Qwen3): their weights are folded into C and B; dividing each token's query and key by its
   size has no place in a mixer, nor have rotary positions and a sliding window;
 * C: queries times head_dim**-0.5, attention's own scale (`calibrate_mixers` fits the product of x, B and C);
-* A_log: it has no bias, so zero weights give a decay of 0.5 a token (softplus(0) = log 2). `calibrate_mixers` puts
-  a row along the mean of the layer's normalised inputs, which makes the decay slow on real text.
+* A_log: it has no bias, so zero weights give a decay of 0.5 a token (softplus(0) = log 2). A row along the mean of
+  the layer's normalised inputs makes the decay slow on real text; measured (`benchmarks/start.py`), mixers that
+  start with a short memory and find the long one align faster and without spikes, so zero weights are the default.
 """
 
 import logging

@@ -275,7 +275,6 @@ def run_stage(stage: Stage, progress: Progress, services: Services) -> bool:
             if progress.optimizer_step % services.log_interval == 0:
                 journal.add(meter.read())
             meter.pause(lambda: _evaluate(stage, services, progress, journal))
-            meter.pause(lambda: services.sample(progress))
             if _finished(stage, progress):
                 break
             if stage.ranks.agree(services.save_due(progress) or services.save_requested())[0]:
@@ -378,12 +377,12 @@ def _finished(stage: Stage, progress: Progress) -> bool:
 
 
 def _evaluate(stage: Stage, services: Services, progress: Progress, journal: Journal) -> None:
-    """The evaluation, at its interval of optimizer steps and at the end of a stage."""
-    if services.evaluate is None or not services.eval_interval:
-        return
-    if progress.optimizer_step % services.eval_interval == 0 or _finished(stage, progress):
+    """The evaluation, at its interval of optimizer steps and at the end of a stage, and what is sampled beside it."""
+    due = services.eval_interval and progress.optimizer_step % services.eval_interval == 0
+    if services.evaluate is not None and services.eval_interval and (due or _finished(stage, progress)):
         journal.write()
         services.log_metrics(progress.optimizer_step, services.evaluate(progress))
+    services.sample(progress)
 
 
 def _save(
