@@ -1,8 +1,8 @@
 """`--layers auto:K`: the K layers whose replacement lowers held-out KL most, chosen greedily before training.
 
-Greedy from the end that can be trusted. A student with all its mixers, fresh from the teacher, is so far off (KL 5 to
-7) that no single layer tells much. So the start is the teacher itself, KL 0: every layer is replaced. Round by round
-the layer whose mixer costs least KL gets its mixer back, until none is left. The K that held out longest are chosen:
+Greedy from the end that can be trusted. A student with all its mixers, fresh from the teacher, is so far off (several
+nats) that no single layer tells much. So the start is the teacher itself, KL 0: every layer is replaced. Each round
+gives back the mixer that costs least KL, until none is left. The K that held out longest are chosen:
 with them replaced KL is lowest, and the choice for K - 1 is always among that for K. The mixers are those that
 training would start from, calibrated or published.
 
