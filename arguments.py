@@ -228,6 +228,13 @@ def build_parser() -> Parser:
     add("--eval_interval", type=whole(0), default=0, help="optimizer steps between evaluations; 0: off")
     add("--eval_dataset", default="", help="held-out text: hub id, folder or file")
     add("--eval_tokens", type=whole(1), default=100_000, help="tokens an evaluation")
+    add("--diagnostics_interval", type=whole(0), default=500, help="optimizer steps between figures by layer; 0: off")
+    add("--sample_interval", type=whole(0), default=0, help="optimizer steps between sample texts; 0: off")
+    add(
+        "--sample_prompts",
+        default="",
+        help="file with a prompt a line; none: a few that come with it",
+    )
 
     add = parser.add_argument_group("checkpoints").add_argument
     add(
@@ -255,6 +262,7 @@ def build_parser() -> Parser:
 FREE_FLAGS = frozenset(
     "device teacher_device parallel no_compile gradient_checkpointing log_interval log_file wandb wandb_project "
     "wandb_run_name wandb_entity wandb_mode eval_interval eval_dataset eval_tokens "
+    "diagnostics_interval sample_interval sample_prompts "
     "output_dir save_interval save_minutes keep_checkpoints resume resume_force resume_step local_files_only "
     "network_patience max_bad_steps deterministic".split()
 )
@@ -281,9 +289,13 @@ def validate(args: argparse.Namespace) -> None:
         raise UserError(f"--layers {' '.join(map(str, args.layers))}: auto:K stands alone; leave the others out")
     if args.eval_interval and not args.eval_dataset:
         raise UserError("--eval_interval needs --eval_dataset, the held-out text to evaluate on")
+    if args.sample_prompts and not args.sample_interval:
+        raise UserError("--sample_prompts needs --sample_interval, the steps between sample texts")
     if args.update_in_backward and args.grad_accumulation_steps > 1:
         raise UserError("--update_in_backward needs --grad_accumulation_steps 1: each gradient is used once")
     _check_packages(args)
+    if args.sample_prompts:
+        read_prompts(args.sample_prompts)
     check_folder_writable("--output_dir", Path(args.output_dir))
     if args.log_file:
         check_folder_writable("--log_file", Path(args.log_file).parent)
@@ -303,6 +315,17 @@ def _check_packages(args: argparse.Namespace) -> None:
     mode = os.environ.get("WANDB_MODE", args.wandb_mode)
     if mode == "online" and not wandb_login():
         raise UserError("--wandb_mode online: not logged in; run 'wandb login' or use --wandb_mode offline")
+
+
+def read_prompts(file: str) -> list[str]:
+    """`--sample_prompts`: the lines of a file that are not empty; raises `UserError` where there are none."""
+    try:
+        lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--sample_prompts {file}: cannot be read ({error}); name a text file") from error
+    if not lines:
+        raise UserError(f"--sample_prompts {file} holds no prompt; write one a line")
+    return lines
 
 
 def wandb_login() -> bool:

@@ -7,7 +7,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,10 @@ PANELS = (
     ("eval/top1_agreement", "held-out top-1 agreement", "linear"),
     ("eval/perplexity_ratio", "held-out perplexity ratio", "linear"),
     ("data/wait_seconds", "waiting for data (s a step)", "linear"),
+    ("layers/grad_norm", "gradient norm of a layer: mean, range", "log"),
+    ("layers/mean_decay", "decay of a mixer: mean, range", "linear"),
+    ("layers/hidden_distance", "hidden states' distance by layer: mean, range", "linear"),
+    ("layers/relative_error", "alignment error of a mixer: mean, range", "linear"),
 )
 SMOOTHING_POINTS = 100  # a line with more points than this also gets a running mean
 Line = tuple[list[float], list[float]]
@@ -44,21 +48,34 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def series(rows: Sequence[dict[str, Any]], name: str, x: str) -> list[Line]:
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def series(
+    rows: Sequence[dict[str, Any]], name: str, x: str, pick: Callable[[Sequence[float]], float] = mean
+) -> list[Line]:
     """Lines (x, y) of a metric; an evaluation takes the tokens of the training row before it.
 
-    A training metric breaks where a stage begins: the stages' losses are different quantities.
+    A training metric breaks where a stage begins: the stages' losses are different quantities. Of a metric with a
+    value a layer (`layers/grad_norm_3`), `pick` makes one.
     """
     tokens, lines = 0.0, [([], [])]  # type: float, list[Line]
     for row in rows:
         tokens = row.get("train/tokens") or tokens
-        if "stage_begins" in row and name.startswith("train/") and lines[-1][0]:
+        if "stage_begins" in row and name.startswith(("train/", "layers/")) and lines[-1][0]:
             lines.append(([], []))
-        value = row.get(name)
-        if isinstance(value, int | float) and math.isfinite(value):
+        if values := values_of(row, name):
             lines[-1][0].append(float(row["step"] if x == "step" else tokens))
-            lines[-1][1].append(float(value))
+            lines[-1][1].append(float(pick(values)))
     return [line for line in lines if line[0]]
+
+
+def values_of(row: dict[str, Any], name: str) -> list[float]:
+    """A metric's finite values in a row: one, or one a layer."""
+    by_layer = f"{name}_" if name.startswith("layers/") else None
+    found = [row[key] for key in row if key.startswith(by_layer)] if by_layer else [row.get(name)]
+    return [value for value in found if isinstance(value, int | float) and math.isfinite(value)]
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
@@ -89,6 +106,9 @@ def plot_runs(files: Sequence[Path], output: Path, *, x: str = "step") -> Path:
     for axis, (name, title, scale) in zip(axes.flat, shown):
         for number, (rows, label) in enumerate(zip(runs.values(), labels)):
             draw_lines(axis, series(rows, name, x), f"C{number}", label, smooth=name != "train/lr")
+            if name.startswith("layers/"):
+                for low, high in zip(series(rows, name, x, min), series(rows, name, x, max)):
+                    axis.fill_between(low[0], low[1], high[1], color=f"C{number}", alpha=0.15, linewidth=0)
             draw_stages(axis, rows, x, f"C{number}" if len(runs) > 1 else "gray", named=len(runs) == 1)
         dress(axis, title, scale, x)
     for axis in axes.flat[len(shown) :]:

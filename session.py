@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from arguments import UserError
+from arguments import UserError, read_prompts
 from checkpoint_files import distinct_weights
 from checkpoints import (
     CheckpointStore,
@@ -21,6 +21,7 @@ from checkpoints import (
     rng_state,
     set_rng_state,
 )
+from diagnostics import PROMPTS, as_numbers, continuations, gradient_norms, layer_distances
 from evaluate import figure_sums, figures_of
 from memory import MemoryEstimate
 from model_card import model_card
@@ -30,7 +31,7 @@ from plot_metrics import plot_runs
 from run_control import SaveClock, StopSignals, mask_secrets
 from stages import Models, held_out_batches, total_steps
 from text_sources import BadData, DataStreamLost
-from trainer import AnotherRankStopped, Progress, Services, Stage, TooManyBadSteps, to_device
+from trainer import AnotherRankStopped, DeviceBatch, Progress, Services, Stage, TooManyBadSteps, to_device
 from utils import Tracker, format_line, library_versions
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,8 @@ class Session:
         self.trainer_state: dict[str, Any] = {}
         self.resumed_from = ranks.first(lambda: self.store.resolve(args.resume))
         self.micro_steps_saved = 0
+        self.prompts = read_prompts(args.sample_prompts) if args.sample_prompts else PROMPTS
+        self.teachers_samples: list[str] = []
         self.whole_frozen: dict[str, torch.Tensor] = {}  # of a sharded student, gathered once
         self.unprepared: Stage | None = None  # a stage whose first save has no host memory yet
         wandb_id = self._read(self.resumed_from) if self.resumed_from is not None else None
@@ -167,6 +170,8 @@ class Session:
             stop_requested=lambda: self.signals.stop_requested,
             save_requested=self.signals.take_save_request,
             evaluate=self.evaluate if args.eval_dataset else None,
+            diagnose=self.diagnose,
+            sample=self.sample,
             log_interval=args.log_interval,
             eval_interval=args.eval_interval,
             max_bad_steps=args.max_bad_steps,
@@ -186,6 +191,37 @@ class Session:
                 figures["eval/perplexity_ratio"],
             )
         self.tracker.log(figures, step=step)
+
+    def diagnose(self, progress: Progress, stage: Stage, batch: DeviceBatch) -> None:
+        """Every `--diagnostics_interval` steps: figures of each layer, before the update (`layers/...`)."""
+        interval, step = self.args.diagnostics_interval, progress.optimizer_step + 1
+        if not interval or step % interval:
+            return
+        assert self.models is not None
+        student, teacher = self.models.student, self.models.teacher
+        figures = gradient_norms(student, stage.scaler.get_scale() if stage.scaler is not None else 1.0)
+        if self.ranks.is_first and not is_sharded(student):
+            found = layer_distances(student, teacher, batch.inputs, batch.position_ids)
+            aligning = stage.name in ("matrix", "hidden")  # which have decays of their own, on the teacher's inputs
+            figures |= {name: value for name, value in found.items() if not (aligning and "decay" in name)}
+        self.tracker.log({"train/tokens": progress.tokens, **as_numbers(figures)}, step=step)
+
+    def sample(self, progress: Progress) -> None:
+        """Every `--sample_interval` steps: what student and teacher write, side by side."""
+        interval, step = self.args.sample_interval, progress.optimizer_step
+        if not interval or step % interval or not self.prompts or not self.ranks.is_first:
+            return
+        assert self.models is not None
+        models, prompts = self.models, self.prompts
+        if is_sharded(models.student):
+            log.warning("--sample_interval: a sharded student writes no samples")
+            self.prompts = []
+            return
+        if not self.teachers_samples:  # greedy and frozen: always the same
+            self.teachers_samples = continuations(models.teacher, models.tokenizer, prompts)
+        ours = continuations(models.student, models.tokenizer, prompts)
+        rows = [list(row) for row in zip(prompts, ours, self.teachers_samples)]
+        self.tracker.samples(["prompt", "student", "teacher"], rows, step=step)
 
     def evaluate(self, progress: Progress) -> dict[str, float]:
         """Held-out figures as `eval/...` (the teacher's own once); a new best KL makes a save due."""

@@ -24,6 +24,7 @@ from parallel import Ranks
 
 log = logging.getLogger(__name__)
 
+
 class AnotherRankStopped(RuntimeError):
     """A failure on another rank ends the run on this one too, after saving together."""
 
@@ -91,6 +92,8 @@ class Services:
     stop_requested: Callable[[], bool] = lambda: False
     save_requested: Callable[[], bool] = lambda: False
     evaluate: Callable[[Progress], dict[str, float]] | None = None
+    diagnose: Callable[[Progress, Stage, "DeviceBatch"], None] = lambda progress, stage, batch: None  # has gradients
+    sample: Callable[[Progress], None] = lambda progress: None  # after each optimizer step, as diagnose before it
     log_interval: int = 1
     eval_interval: int = 0
     max_bad_steps: int = 10
@@ -260,6 +263,7 @@ def run_stage(stage: Stage, progress: Progress, services: Services) -> bool:
             if sums is None:  # a signal in mid-window: its partial gradients are dropped
                 break
             stage.finish_gradients()
+            services.diagnose(progress, stage, window[0])
             norm, bad = clip_and_step(stage.optimizer, parameters, stage.grad_clip, scaler=stage.scaler)
             rate = stage.schedule.get_last_lr()[0]
             stage.schedule.step()
@@ -325,9 +329,7 @@ class AgreedWindows:
                 window = next(self.windows, None)
             except self.services.save_before_raising as error:
                 failure = error
-            stop, over, failed = self.ranks.agree(
-                self.services.stop_requested(), window is None, failure is not None
-            )
+            stop, over, failed = self.ranks.agree(self.services.stop_requested(), window is None, failure is not None)
             if failed:
                 raise failure or AnotherRankStopped("the run stops with a failure on another rank")
             self.stopped = stop
@@ -375,12 +377,12 @@ def _finished(stage: Stage, progress: Progress) -> bool:
 
 
 def _evaluate(stage: Stage, services: Services, progress: Progress, journal: Journal) -> None:
-    """The evaluation, at its interval of optimizer steps and at the end of a stage."""
-    if services.evaluate is None or not services.eval_interval:
-        return
-    if progress.optimizer_step % services.eval_interval == 0 or _finished(stage, progress):
+    """The evaluation, at its interval of optimizer steps and at the end of a stage, and what is sampled beside it."""
+    due = services.eval_interval and progress.optimizer_step % services.eval_interval == 0
+    if services.evaluate is not None and services.eval_interval and (due or _finished(stage, progress)):
         journal.write()
         services.log_metrics(progress.optimizer_step, services.evaluate(progress))
+    services.sample(progress)
 
 
 def _save(

@@ -18,6 +18,9 @@ from run_control import MaskingFilter, mask_secrets
 log = logging.getLogger(__name__)
 
 
+SAMPLES = "samples.jsonl"
+
+
 class BarAwareHandler(logging.StreamHandler):
     """Takes a progress bar off the terminal while a line is written, so that neither lands in the other."""
 
@@ -87,8 +90,7 @@ def check_devices(args: Any, ranks: Any) -> tuple[torch.device, torch.device]:
         )
     if args.matrix_tokens or args.hidden_tokens:
         raise UserError(
-            f"--teacher_device {args.teacher_device}: the alignment stages need a teacher on every rank; "
-            "leave it out"
+            f"--teacher_device {args.teacher_device}: the alignment stages need a teacher on every rank; leave it out"
         )
     return own, own
 
@@ -202,7 +204,7 @@ class Tracker:
         self.main_process = main_process
         self.bar = ProgressBar(None if main_process else False)
         self.wandb: Any = None
-        self.writable, self.last_mark = True, ("", -1)
+        self.writable, self.last_mark, self.stages_begun = True, ("", -1), 0
         if main_process:
             output_dir.mkdir(parents=True, exist_ok=True)
         if wandb_enabled and main_process:
@@ -233,23 +235,27 @@ class Tracker:
 
     def truncate_after(self, step: int) -> None:
         """Drop lines after an optimizer step: a resumed run writes them again."""
-        if not self.main_process or not self.path.exists():
-            return
+        self.last_mark, self.stages_begun = ("", -1), 0
+        for path in (self.path, self.path.with_name(SAMPLES)):
+            if self.main_process and path.exists():
+                self._truncate(path, step)
+
+    def _truncate(self, path: Path, step: int) -> None:
         kept = []
-        self.last_mark = ("", -1)
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in filter(None, path.read_text(encoding="utf-8", errors="replace").split("\n")):
             try:
                 row = json.loads(line)
             except ValueError:
-                log.warning("metrics.jsonl: a line that was cut off is dropped")
+                log.warning("%s: a line that was cut off is dropped", path.name)
                 continue
             if row.get("step", 0) <= step:
                 kept.append(line + "\n")
                 if "stage_begins" in row:
                     self.last_mark = (row["stage_begins"], row["step"])
-        draft = self.path.with_suffix(".tmp")
+                    self.stages_begun += 1
+        draft = path.with_suffix(".tmp")
         draft.write_text("".join(kept), encoding="utf-8")
-        os.replace(draft, self.path)
+        os.replace(draft, path)
 
     def mark_stage(self, stage: str, step: int) -> None:
         """Note where a stage begins, once: a run killed just after the mark comes back to the same step."""
@@ -257,20 +263,31 @@ class Tracker:
             return
         self.last_mark = (stage, step)
         self.log({"stage_begins": stage, "stage": stage}, step=step)
+        self.stages_begun += 1
+        mark = {"train/stage_number": self.stages_begun, "train/optimizer_step": step}
+        self._wandb(lambda run: run.log(mark))
         self._wandb(lambda run: run.summary.update({f"{stage}/first_step": step}))
 
     def summary(self, figures: dict[str, Any]) -> None:
         """Values of the whole run: parameter counts, steps of each stage."""
         self._wandb(lambda run: run.summary.update(figures))
 
-    def table(self, name: str, columns: list[str], rows: list[list[Any]], *, step: int) -> None:
-        """A table, such as sample generations, in metrics.jsonl and in W&B."""
-        self.log({"table": name, "columns": columns, "rows": rows}, step=step)
+    def samples(self, columns: list[str], rows: list[list[Any]], *, step: int) -> None:
+        """Sample texts: a line each in samples.jsonl, and a W&B table."""
+        if not self.main_process:
+            return
+        lines = [json.dumps({"step": step, **dict(zip(columns, row))}, ensure_ascii=False) for row in rows]
+        try:
+            with self.path.with_name(SAMPLES).open("a", encoding="utf-8") as file:
+                file.write("\n".join(lines) + "\n")
+        except OSError as error:
+            log.warning("%s could not be written: %s", SAMPLES, error)
 
         def send(run: Any) -> None:
             import wandb
 
-            run.log({name: wandb.Table(columns=list(columns), data=rows), "train/optimizer_step": step})
+            table = wandb.Table(columns=["step", *columns], data=[[step, *row] for row in rows])
+            run.log({"samples/texts": table, "train/optimizer_step": step})
 
         self._wandb(send)
 

@@ -28,25 +28,26 @@ from parallel import Ranks
 from trainer import Progress, Services, run_stage
 from utils import seed_everything
 
-# name: how it differs from the first, which is what train.py does. gate: (z_bias, standard deviation of its weights)
+# What the rows of a long memory share; the first is what train.py does. gate: (z_bias, deviation of its weights)
+LONG: dict[str, Any] = {"half_lives": (64.0, 64.0), "per_head": False}
 STARTS: dict[str, dict[str, Any]] = {
-    "as train.py: half life 64, even split, a factor a layer, gate open": {},
-    "half life 1 (zero weights)": {"half_lives": (1.0, 1.0)},
-    "half life 8": {"half_lives": (8.0, 8.0)},
-    "half life 512": {"half_lives": (512.0, 512.0)},
-    "half lives 2 to 512 over the heads": {"half_lives": (2.0, 512.0)},
-    "half lives 2 to 32 over the heads": {"half_lives": (2.0, 32.0)},
-    "factor in C alone": {"split": (0.0, 0.0, 1.0)},
-    "factor in x alone": {"split": (1.0, 0.0, 0.0)},
-    "factor in B and C": {"split": (0.0, 0.5, 0.5)},
-    "a factor a head": {"per_head": True},
-    "a factor a head, half life 8": {"per_head": True, "half_lives": (8.0, 8.0)},
-    "a factor a head, half lives 2 to 32": {"per_head": True, "half_lives": (2.0, 32.0)},
-    "gate open, random weights": {"gate": (SILU_IS_ONE, 0.02)},
-    "gate without bias, random weights": {"gate": (0.0, 0.02)},
+    "as train.py: half life 1 (zero weights), a factor a head, even split, gate open": {},
+    "half life 64, a factor a layer": LONG,
+    "half life 1, a factor a layer": {"per_head": False},
+    "half life 8, a factor a layer": {"per_head": False, "half_lives": (8.0, 8.0)},
+    "half life 512, a factor a layer": {"per_head": False, "half_lives": (512.0, 512.0)},
+    "half lives 2 to 512 over the heads, a factor a layer": {"per_head": False, "half_lives": (2.0, 512.0)},
+    "half lives 2 to 32 over the heads, a factor a layer": {"per_head": False, "half_lives": (2.0, 32.0)},
+    "half life 64, factor in C alone": {**LONG, "split": (0.0, 0.0, 1.0)},
+    "half life 64, factor in x alone": {**LONG, "split": (1.0, 0.0, 0.0)},
+    "half life 64, factor in B and C": {**LONG, "split": (0.0, 0.5, 0.5)},
+    "half life 64, a factor a head": {"half_lives": (64.0, 64.0)},
+    "half life 8, a factor a head": {"half_lives": (8.0, 8.0)},
+    "half lives 1 to 8, a factor a head": {"half_lives": (1.0, 8.0)},
+    "half lives 2 to 32, a factor a head": {"half_lives": (2.0, 32.0)},
+    "half life 64, gate open, random weights": {**LONG, "gate": (SILU_IS_ONE, 0.02)},
+    "half life 64, gate without bias, random weights": {**LONG, "gate": (0.0, 0.02)},
     "not calibrated": {"calibrate": False},
-    "a factor a head, half life 1": {"per_head": True, "half_lives": (1.0, 1.0)},
-    "a factor a head, half lives 1 to 8": {"per_head": True, "half_lives": (1.0, 8.0)},
 }
 
 

@@ -47,6 +47,21 @@ def test_missing_values_leave_no_points():
     assert series(rows, "train/loss", "step") == [([3.0], [2.0])]
 
 
+def test_a_metric_with_a_value_a_layer(tmp_path, monkeypatch):
+    rows = [{"step": 2, "layers/x_0": 1.0, "layers/x_10": 5.0, "layers/x_1": None}, {"step": 3, "train/loss": 1.0}]
+    assert series(rows, "layers/x", "step") == [([2.0], [3.0])]
+    assert series(rows, "layers/x", "step", min) == [([2.0], [1.0])]
+    assert series(rows, "layers/x", "step", max) == [([2.0], [5.0])]
+    figures = drawn(monkeypatch)
+    for run in ("a", "b"):
+        (tmp_path / run).mkdir()
+        lines = [{"step": step, **{f"layers/mean_decay_{i}": step / (i + 9) for i in range(4)}} for step in (1, 2, 3)]
+        (tmp_path / run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    plot_runs([tmp_path / "a", tmp_path / "b"], tmp_path / "out.png")
+    (axis,) = [axis for axis in figures[0].axes if axis.get_visible()]
+    assert axis.get_title() == "decay of a mixer: mean, range" and len(axis.collections) == 2
+
+
 def test_running_mean():
     assert running_mean([1, 2, 3, 4], 2) == [1, 1.5, 2.5, 3.5]
 

@@ -49,7 +49,7 @@ def test_results_table_plot_and_what_is_done_is_not_done_again(bench, tmp_path):
     }
     assert all(found["tokens_per_second"] > 0 for found in one["stages"].values())
     assert one["attention_layers"] == [1] and rows["none"]["attention_layers"] == []
-    assert [point[0] for point in one["curve"]] == [0, 384, 768, 1152] and one["held_out"]["kl"] > 0
+    assert [point[0] for point in one["curve"]] == [0, 384, 512, 768, 1152, 1408] and one["held_out"]["kl"] > 0
     assert set(one["recall"]["phone_book/2"]) == {"student", "teacher"}
     table = (tmp_path / "out" / "results.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in table[2:5]] == ["| one", "| none", "| teacher"]

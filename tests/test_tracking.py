@@ -1,6 +1,7 @@
 """Figures as their readers get them: metrics.jsonl, a real offline W&B run parsed back, the plot, masked secrets."""
 
 import json
+import shutil
 import struct
 
 import pytest
@@ -43,6 +44,22 @@ def values_of(items):
     return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
 
 
+def parse_back(folder):
+    """(history rows, configuration, (metric, its x axis) pairs, summary, run id) of an offline run directory."""
+    history, config, metrics, summary, run_id = [], {}, set(), {}, ""
+    for record in offline_records(folder):
+        kind = record.WhichOneof("record_type")
+        if kind == "history":
+            history.append(values_of(record.history.item))
+        elif kind == "run":
+            config, run_id = values_of(record.run.config.update), record.run.run_id
+        elif kind == "metric":
+            metrics.add((record.metric.name or record.metric.glob_name, record.metric.step_metric))
+        elif kind == "summary":
+            summary |= values_of(record.summary.update)
+    return history, config, metrics, summary, run_id
+
+
 @pytest.mark.slow
 def test_an_offline_run_holds_metrics_config_and_axes(tmp_path, tiny_teacher, documents, run_script):
     sources = runs.write_sources(tmp_path / "text", documents)
@@ -56,19 +73,7 @@ def test_an_offline_run_holds_metrics_config_and_axes(tmp_path, tiny_teacher, do
     done = run_script("train.py", *argv, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     (tmp_path / "output").write_text(done.stdout + done.stderr)
-    history, config, metrics, summary = [], {}, set(), {}
-    for record in offline_records(tmp_path):
-        if record.WhichOneof("record_type") == "history":
-            items = {
-                item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item
-            }
-            history.append(items)
-        elif record.WhichOneof("record_type") == "run":
-            config = values_of(record.run.config.update)
-        elif record.WhichOneof("record_type") == "metric":
-            metrics.add((record.metric.name or record.metric.glob_name, record.metric.step_metric))
-        elif record.WhichOneof("record_type") == "summary":
-            summary |= values_of(record.summary.update)
+    history, config, metrics, _, _ = parse_back(tmp_path)
     losses = [row["train/loss"] for row in history if "train/loss" in row]
     assert losses == [row["train/loss"] for row in runs.metrics(tmp_path / "run") if "train/loss" in row]
     for name in ("kl", "top1_agreement", "lr", "grad_norm", "tokens", "tokens_per_second", "optimizer_step"):
@@ -79,6 +84,54 @@ def test_an_offline_run_holds_metrics_config_and_axes(tmp_path, tiny_teacher, do
         if path.is_file():
             content = path.read_bytes()
             assert not [text for text in (secret, other, key, password) if text.encode() in content], path
+
+
+@pytest.mark.slow
+def test_layers_samples_stages_and_resume_in_an_offline_run(tmp_path, tiny_teacher, documents, run_script):
+    """A run cut back to step 3, as a kill would leave it, goes on as the same W&B run."""
+    sources, run = runs.write_sources(tmp_path / "text", documents), tmp_path / "run"
+    argv = runs.flags(
+        tiny_teacher, sources, run, wandb=True, wandb_mode="offline", hidden_tokens=128, max_steps=4,
+        skip_stage2=True, diagnostics_interval=2, sample_interval=4, eval_dataset=sources["heldout"], eval_tokens=128,
+        eval_interval=5, save_interval=2, keep_checkpoints=9, layers="auto:2", choice_tokens=64,
+    )  # fmt: skip
+    ids = []
+    for part in ("first", "second"):
+        (tmp_path / part).mkdir()
+        done = run_script("train.py", *argv, env={"WANDB_DIR": str(tmp_path / part), "WANDB_MODE": "offline"})
+        assert done.returncode == 0, done.stderr[-2000:]
+        history, config, metrics, summary, run_id = parse_back(tmp_path / part)
+        ids.append(run_id)
+        for name in ("final", "checkpoint-5"):
+            shutil.rmtree(run / name)
+        if part == "second":
+            assert [row["train/optimizer_step"] for row in history if "train/loss" in row] == [4, 5]
+            break
+        layers = [row for row in history if "layers/grad_norm_0" in row]
+        assert [row["train/optimizer_step"] for row in layers] == [2, 4]
+        for kind in ("grad_norm", "hidden_distance"):
+            assert all(f"layers/{kind}_{index}" in layers[-1] for index in range(4))
+        chosen = json.loads((run / "layer_choice.json").read_text())["layers"]
+        assert summary["attention_layers"] == chosen and config["layers"] == ["auto:2"]
+        mixers = [name for name in layers[-1] if name.startswith("layers/mean_decay_")]
+        assert sorted(mixers) == [f"layers/mean_decay_{index}" for index in range(4) if index not in chosen]
+        assert [(row["train/stage_number"], row["train/optimizer_step"]) for row in history
+                if "train/stage_number" in row] == [(1, 0), (2, 1)]  # fmt: skip
+        assert summary["hidden/first_step"] == 0 and summary["stage1/first_step"] == 1
+        evaluated = [(row["train/optimizer_step"], row["train/tokens"]) for row in history if "eval/kl" in row]
+        assert evaluated == [(0, 0), (1, 128), (5, 640)]
+        table = next(row for row in history if row.get("samples/texts/_type") == "table-file")
+        content = json.loads(next((tmp_path / part).rglob(table["samples/texts/path"])).read_text())
+        assert content["columns"] == ["step", "prompt", "student", "teacher"]
+        written = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+        assert content["data"] == [list(row.values()) for row in written] and len(written) == 4
+        panels = {name for name, axis in metrics if axis == "train/optimizer_step"}
+        assert {f"{panel}/*" for panel in ("train", "eval", "perf", "data", "layers", "samples")} <= panels
+        for row in history:
+            assert {name.split("/")[0] for name in row if not name.startswith("_")} <= {
+                "train", "eval", "perf", "data", "layers", "samples",
+            }  # fmt: skip
+    assert ids[0] == ids[1]
 
 
 def test_metrics_are_cut_where_a_run_resumes(tmp_path):
