@@ -270,7 +270,10 @@ def draw_recall(recall: dict[str, Any], axis: Any, colours: dict[str, str]) -> N
             values = [recall[f"{task}/{count}"][model] for count in pairs]
             axis.plot(pairs, values, style, color=colour, label=f"{model}, {task.replace('_', ' ')}")
     axis.set(xlabel="pairs in context", ylabel="accuracy", ylim=(-0.03, 1.03))
-    axis.set_xscale("log", base=2)
+    axis.set_xscale("log")
+    axis.minorticks_off()
+    counts = sorted({int(name.split("/")[1]) for name in recall})
+    axis.set_xticks(counts, [str(count) for count in counts])
     axis.legend()
 
 
