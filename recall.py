@@ -57,12 +57,16 @@ def recall_rows(task: str, pairs: int, count: int, seed: int = 0) -> list[Recall
 
 @torch.no_grad()
 def recall_accuracy(model: Any, tokenizer: Any, rows: Sequence[RecallRow], device: torch.device) -> float:
-    """Share of rows whose whole value is the model's top choice, token by token."""
+    """Share of rows whose whole value is the model's top choice, token by token.
+
+    The same as greedy decoding giving the value: a wrong token would end both. Needs a fast tokenizer, whose offsets
+    tell the value's tokens from the prompt's in one tokenisation of both, as in the text that models learn from.
+    """
     right = 0
     for row in rows:
-        prompt = tokenizer(row.prompt, add_special_tokens=False).input_ids
-        answer = tokenizer(row.answer, add_special_tokens=False).input_ids
-        tokens = torch.tensor([prompt + answer], device=device)
-        logits = model(input_ids=tokens[:, :-1], logits_to_keep=len(answer), use_cache=False).logits
-        right += int(torch.equal(logits[0, -len(answer) :].argmax(-1), tokens[0, len(prompt) :]))
+        encoded = tokenizer(row.prompt + row.answer, add_special_tokens=False, return_offsets_mapping=True)
+        answer = sum(end > len(row.prompt) for _, end in encoded.offset_mapping)
+        tokens = torch.tensor([encoded.input_ids], device=device)
+        logits = model(input_ids=tokens[:, :-1], logits_to_keep=answer, use_cache=False).logits
+        right += int(torch.equal(logits[0, -answer:].argmax(-1), tokens[0, -answer:]))
     return right / len(rows)

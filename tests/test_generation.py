@@ -54,13 +54,32 @@ def test_a_prompt_in_two_prefills_equals_one(student):
     assert torch.allclose(second.logits, whole.logits[:, 170:], atol=1e-4)
 
 
-def test_the_mixers_state_does_not_grow(student):
-    sizes = []
-    for length in (20, 200):
+def state_bytes(cache, layers):
+    """Bytes that the cache of these layers keeps in memory, whole storages counted."""
+    tensors = [tensor for i in layers for tensor in (cache.layers[i].keys, cache.layers[i].values)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@pytest.mark.parametrize("steps", [0, 5])
+def test_the_state_has_a_constant_size(student, steps):
+    """In bytes: a mixer keeps 3 inputs of its convolution and a matrix a head, whatever the prompt's length."""
+    mixers = [0, 2, 3]
+    mixer = student.backbone.layers[0].mixer
+    wanted = 4 * (3 * mixer.d_conv + mixer.n_v_heads * mixer.d_state * mixer.d_head)
+    for length in (1, 20, 700):
+        cache = student(torch.randint(3, 512, (2, length)), use_cache=True).past_key_values
+        for _ in range(steps):
+            student(torch.randint(3, 512, (2, 1)), past_key_values=cache, use_cache=True)
+        assert state_bytes(cache, mixers) == 2 * 3 * wanted
+        assert cache.get_seq_length() == length + steps
+
+
+def test_an_attention_layer_keeps_keys_and_values_of_every_token(student):
+    """The hybrid's only state that grows."""
+    a_token = 2 * 2 * 16 * 4  # keys and values, key/value heads, their width, float32
+    for length in (4, 100):
         cache = student(torch.randint(3, 512, (1, length)), use_cache=True).past_key_values
-        layer = cache.layers[0]
-        sizes.append(layer.keys.numel() + layer.values.numel())
-    assert sizes[0] == sizes[1] and cache.get_seq_length() == 200
+        assert state_bytes(cache, [1]) == a_token * length
 
 
 def test_unknown_arguments_are_passed_over_without_a_word(student, recwarn):
@@ -70,8 +89,39 @@ def test_unknown_arguments_are_passed_over_without_a_word(student, recwarn):
 
 
 def test_streaming(student, tokenizer_dir, capsys):
+    """What a streamer prints, token by token as they come, is what generate() returns."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    generate(student, torch.randint(3, 512, (1, 5)), streamer=TextStreamer(tokenizer, skip_prompt=True))
-    assert capsys.readouterr().out.strip()
+    prompt = torch.randint(3, 512, (1, 5))
+    tokens = generate(student, prompt, streamer=TextStreamer(tokenizer, skip_prompt=True))
+    printed = capsys.readouterr().out
+    assert printed.strip() and printed == tokenizer.decode(tokens[0, 5:]) + "\n"
+
+
+def test_left_padded_rows_equal_themselves_alone(student):
+    """Prompts of different lengths in one batch; some shorter than the convolution is wide."""
+    rows = [torch.randint(3, 512, (length,)) for length in (1, 2, 9, 30)]
+    padded = torch.stack([torch.cat((torch.zeros(30 - len(row), dtype=torch.long), row)) for row in rows])
+    mask = torch.stack([(torch.arange(30) >= 30 - len(row)).long() for row in rows])
+    together = generate(student, padded, attention_mask=mask)[:, 30:]
+    for row, found in zip(rows, together):
+        assert torch.equal(found, generate(student, row[None])[0, len(row) :])
+
+
+def test_a_padded_batch_with_beams_and_sampling(student):
+    prompt = torch.randint(3, 512, (2, 9))
+    prompt[0, :4] = 0
+    mask = (prompt != 0).long()
+    for options in (dict(num_beams=3), dict(do_sample=True, top_k=20), dict(num_beams=2, do_sample=True)):
+        results = []
+        for use_cache in (True, False):
+            torch.manual_seed(5)
+            results.append(generate(student, prompt, attention_mask=mask, use_cache=use_cache, **options))
+        assert torch.equal(*results), options
+
+
+def test_a_long_prompt_in_one_prefill(student):
+    """Many chunks and a rest: the tokens that follow are those without a cache."""
+    prompt = torch.randint(3, 512, (1, 1500))
+    assert torch.equal(generate(student, prompt), generate(student, prompt, use_cache=False))
