@@ -136,7 +136,7 @@ def distillation_step(args: argparse.Namespace, models: Models) -> DistillationS
     """The student with its loss, as one module."""
     return DistillationStep(
         models.student,
-        models.teacher_head if args.kl_weight > 0 else None,
+        models.teacher_head,  # also with hard labels alone: evaluations compare with the teacher
         temperature=args.temperature,
         kl_weight=args.kl_weight,
         ce_weight=args.ce_weight,

@@ -59,6 +59,15 @@ def test_the_figures_come_at_the_start_the_interval_and_the_end_of_each_stage(ru
         assert row["eval/kl"] > 0 and 0 <= row["eval/top1_agreement"] <= 1
 
 
+def test_hard_labels_alone_are_still_judged_by_the_teacher(sharp_teacher, sources, tmp_path):
+    argv = runs.flags(
+        sharp_teacher, sources, tmp_path, eval_dataset=sources["heldout"], eval_interval=2, eval_tokens=500,
+        kl_weight=0, ce_weight=1, max_steps=2, skip_stage2=True,
+    )  # fmt: skip
+    assert train.main(argv) == 0
+    assert all(row["eval/kl"] > 0.1 and row["eval/top1_agreement"] > 0 for row in evaluations(tmp_path))
+
+
 def test_the_teachers_own_figures_come_once(run):
     rows = evaluations(run)
     assert ["eval/teacher_perplexity" in row for row in rows] == [True] + [False] * 7
