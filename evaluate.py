@@ -71,45 +71,37 @@ def validate(args: argparse.Namespace) -> Path:
 
 
 def held_out_figures(
-    student: Any,
-    teacher: Any,
-    batches: Iterable[Any],
-    tokens: int,
-    device: Any,
+    student: Any, teacher: Any, batches: Iterable[Any], tokens: int, device: Any
 ) -> dict[str, float]:
     """`figures_of` a student and a teacher that are whole models on this process' devices."""
-    import torch
+    from teacher import OwnTeacher
+    from trainer import DistillationStep
 
-    from losses import chunked_kd_loss
-    from model_utils import teacher_hidden
-
-    teacher_device = next(teacher.parameters()).device
-    teacher_head = teacher.get_output_embeddings().weight.to(device)
-
-    def sums(batch: Any) -> torch.Tensor:
-        inputs, labels = batch.tokens[:, :-1].to(device), batch.tokens[:, 1:].to(device)
-        valid = batch.valid.to(device)
-        positions = None if batch.position_ids is None else batch.position_ids.to(device)
-        there = None if positions is None else positions.to(teacher_device)
-        theirs = teacher_hidden(teacher, inputs.to(teacher_device), there).to(device)
-        ours = student.backbone(inputs, position_ids=positions).last_hidden_state.to(theirs.dtype)
-        terms = chunked_kd_loss(ours, student.lm_head.weight.to(theirs.dtype), theirs, teacher_head, labels, valid)
-        return figure_sums(terms, theirs, teacher_head, labels, valid)
-
+    head = teacher.get_output_embeddings().weight.to(device)
+    step, hidden_states = DistillationStep(student, head), OwnTeacher(teacher, device)
     was_training = student.training
     student.eval()
-    figures = figures_of(sums, batches, tokens)
+    figures = figures_of(lambda batch: held_out_sums(step, hidden_states, head, batch, device), batches, tokens)
     student.train(was_training)
     return figures
 
 
-def figure_sums(terms: Any, theirs: Any, teacher_head: Any, labels: Any, valid: Any) -> Any:
-    """float64 [5] on the host: KL, agreement, the student's and the teacher's cross-entropy, tokens of a batch."""
+def held_out_sums(step: Any, hidden_states: Any, teacher_head: Any, batch: Any, device: Any) -> Any:
+    """float64 [5] on the host: KL, agreement, the student's and the teacher's cross-entropy, tokens of a batch.
+
+    step: a `trainer.DistillationStep`, also replicated or sharded; hidden_states: a teacher of teacher.py.
+    """
     import torch
 
     from losses import chunked_kd_loss
+    from trainer import to_device
 
-    own = chunked_kd_loss(theirs, teacher_head, None, None, labels, valid, kl_weight=0.0, ce_weight=1.0)
+    here = to_device(batch, device, {}, non_blocking=False)
+    theirs = hidden_states.finish(here)
+    one = torch.ones((), device=device)
+    terms = step(here.inputs, here.labels, here.valid, here.position_ids, theirs, one)
+    options: dict[str, Any] = dict(kl_weight=0.0, ce_weight=1.0)
+    own = chunked_kd_loss(theirs, teacher_head, None, None, here.labels, here.valid, **options)
     row = (terms.kl_sum, terms.agree_sum, terms.ce_sum, own.ce_sum, terms.tokens)
     return torch.stack([value.double() for value in row]).cpu()
 
@@ -123,7 +115,7 @@ def figures_of(
 ) -> dict[str, float]:
     """KL(teacher || student) at temperature 1, top-1 agreement and both perplexities over at least `tokens` tokens.
 
-    `batches` yields `data.Batch`, of which `sums_of` gives `figure_sums` (only valid positions count); `over_ranks`
+    `batches` yields `data.Batch`, of which `sums_of` gives `held_out_sums` (only valid positions count); `over_ranks`
     adds those of all ranks. Returns kl (nats a token), top1_agreement (0 to 1), student_perplexity,
     teacher_perplexity, perplexity_ratio, tokens; nothing once `stop()` says so. Raises `UserError` where there is no
     token.

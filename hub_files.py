@@ -7,7 +7,6 @@ bodies) with growing pauses and gives up with `DataStreamLost` after `network_pa
 import io
 import logging
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from arguments import UserError
+from arguments import UserError, complain
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +37,10 @@ def exit_status(work: Callable[[], None]) -> int:
     try:
         work()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(str(error))
         return 2
     except (DataStreamLost, OSError) as error:
-        print(f"error: {error}; run it again to go on", file=sys.stderr)
+        complain(f"{error}; run it again to go on")
         return 1
     return 0
 

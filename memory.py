@@ -17,8 +17,10 @@ from torch import nn
 
 from acceleration import MODES, set_activation_checkpointing
 from activation_bytes import saved_bytes
+from arguments import auto_layers
 from losses import CHUNK_LOGITS_COMPILED, CHUNK_LOGITS_EAGER, PARTS_COMPILED
 from models import LlambaConfig, LlambaForCausalLM
+from utils import default_dtype
 
 GIB = 2**30
 CONTEXT = 0.6 * GIB  # kernels and libraries loaded on first use, outside torch's allocator
@@ -254,6 +256,12 @@ def oom_advice(estimate: MemoryEstimate, args: argparse.Namespace) -> str:
     return f"out of memory on {args.device}; a step needs about {estimate.describe()}. What helps most first: {flags}"
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """True for what torch, CUDA, cuBLAS and the CPU's allocator raise when memory ends."""
+    texts = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
+
+
 def meta_student(
     teacher_config: Any, student_config: LlambaConfig, args: argparse.Namespace, dtype: torch.dtype
 ) -> LlambaForCausalLM:
@@ -264,13 +272,8 @@ def meta_student(
         config.attention_cfg = LlambaConfig.describe_attention(teacher_config)
     attention = getattr(args, "attn_implementation", "sdpa")
     config._attn_implementation = "eager" if attention == "eager" else "sdpa"
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            student = LlambaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
+    with torch.device("meta"), default_dtype(dtype):
+        student = LlambaForCausalLM(config)
     for index, layer in enumerate(student.backbone.layers):
         if args.freeze_mlp:
             layer.mlp.requires_grad_(False)
@@ -283,11 +286,9 @@ def meta_student(
 
 def replaced_layers(layers: Sequence[int | str], n_layer: int) -> list[int]:
     """Indices that `--layers` asks for; `auto:K` counts as the first K, since only their number matters here."""
-    chosen = {entry for entry in layers if isinstance(entry, int) and 0 <= entry < n_layer}
-    for entry in layers:
-        if isinstance(entry, str):
-            chosen |= set(range(min(int(entry.partition(":")[2]), n_layer)))
-    return sorted(chosen)
+    count = auto_layers(layers)
+    wanted = layers if count is None else range(count)
+    return sorted({index for index in wanted if isinstance(index, int) and 0 <= index < n_layer})
 
 
 def _teacher_sizes(config: Any) -> tuple[int, int]:

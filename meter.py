@@ -163,28 +163,22 @@ class BadStepWatch:
 
     def __init__(self, progress: "Progress", limit: int):
         self.progress, self.limit = progress, limit
-        self.pending: tuple[torch.Tensor, Any, int, list[str]] | None = None
+        self.pending: tuple[HostCopy, int, list[str]] | None = None
 
     def push(self, bad: torch.Tensor, window: list["DeviceBatch"]) -> None:
         documents = sorted({name for batch in window for name in batch.document_ids})
         self.flush()
-        event = None
-        if bad.device.type == "cuda":
-            bad = bad.to("cpu", non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        self.pending = (bad, event, self.progress.optimizer_step, documents)
-        if event is None:
+        flag = HostCopy(bad.view(1))
+        self.pending = (flag, self.progress.optimizer_step, documents)
+        if flag.event is None:
             self.flush()
 
     def flush(self) -> None:
         if self.pending is None:
             return
-        bad, event, step, documents = self.pending
+        flag, step, documents = self.pending
         self.pending = None
-        if event is not None:
-            event.synchronize()
-        if not bool(bad):
+        if not flag.numbers()[0]:
             self.progress.bad_in_a_row = 0
             return
         self.progress.bad_steps += 1

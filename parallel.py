@@ -135,10 +135,10 @@ def launched(device: str) -> Iterator[Ranks]:
     dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone
 
 
-def choose_parallel(args: argparse.Namespace, ranks: Ranks, needed: float | None, free: float | None) -> str:
-    """`ddp` where a whole step fits on the rank's device, else `fsdp`; as `--parallel` says unless it is auto.
+def choose_parallel(args: argparse.Namespace, ranks: Ranks) -> str:
+    """What `--parallel` asks for: none on one rank, ddp, fsdp, or auto where only an estimate can tell.
 
-    needed, free: bytes of the estimate and of the device; None on the CPU, which replicates.
+    Raises `UserError` for flags that work on one rank alone. The CPU replicates.
     """
     if ranks.alone:
         return "none"
@@ -146,10 +146,7 @@ def choose_parallel(args: argparse.Namespace, ranks: Ranks, needed: float | None
         raise UserError("--update_in_backward works on one rank; under torchrun use --parallel fsdp to save memory")
     if args.optimizer == "flashadamw":
         raise UserError("--optimizer flashadamw works on one rank; under torchrun use adamw8bit or adamw")
-    if args.parallel != "auto":
-        return args.parallel
-    fits = needed is None or free is None or needed <= free
-    return "fsdp" if ranks.agree(not fits)[0] else "ddp"
+    return "ddp" if args.parallel == "auto" and not args.device.startswith("cuda") else args.parallel
 
 
 def head_names(step: Any) -> list[str]:

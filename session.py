@@ -22,16 +22,16 @@ from checkpoints import (
     set_rng_state,
 )
 from diagnostics import PROMPTS, as_numbers, continuations, gradient_norms, layer_distances
-from evaluate import figure_sums, figures_of
-from memory import MemoryEstimate
+from evaluate import figures_of, held_out_sums
+from memory import MemoryEstimate, estimate_memory, oom_advice
 from model_card import model_card
 from model_utils import frozen_names
 from parallel import Ranks, copy_rows, is_sharded, own_optimizer_state, whole_optimizer_state, whole_weights
 from plot_metrics import plot_runs
 from run_control import SaveClock, StopSignals, mask_secrets
-from stages import Models, held_out_batches, total_steps
+from stages import Models, held_out_batches, sequences_a_step, total_steps
 from text_sources import BadData, DataStreamLost
-from trainer import AnotherRankStopped, DeviceBatch, Progress, Services, Stage, TooManyBadSteps, to_device
+from trainer import AnotherRankStopped, DeviceBatch, Progress, Services, Stage, TooManyBadSteps
 from utils import Tracker, format_line, library_versions
 
 log = logging.getLogger(__name__)
@@ -226,10 +226,16 @@ class Session:
     def evaluate(self, progress: Progress) -> dict[str, float]:
         """Held-out figures as `eval/...` (the teacher's own once); a new best KL makes a save due."""
         assert self.models is not None
-        args = self.args
-        batches = held_out_batches(args, args.eval_dataset, self.models.tokenizer, self.ranks)
-        stop = lambda: self.ranks.agree(self.signals.stop_requested)[0]  # noqa: E731
-        figures = figures_of(self._held_out_sums, batches, args.eval_tokens, self.ranks.sum, stop)
+        args, models = self.args, self.models
+        batches = held_out_batches(args, args.eval_dataset, models.tokenizer, self.ranks)
+        pair = (models.step, models.hidden_states, models.teacher_head)
+        figures = figures_of(
+            lambda batch: held_out_sums(*pair, batch, models.device),
+            batches,
+            args.eval_tokens,
+            over_ranks=self.ranks.sum,
+            stop=lambda: self.ranks.agree(self.signals.stop_requested)[0],
+        )
         if not figures:
             log.warning("the evaluation at step %d is left out: a signal asks to stop", progress.optimizer_step)
             return {}
@@ -240,31 +246,29 @@ class Session:
             progress.best = progress.evaluation
         return {"train/tokens": progress.tokens, **{f"eval/{name}": value for name, value in figures.items()}}
 
-    def _held_out_sums(self, batch: Any) -> torch.Tensor:
-        assert self.models is not None
-        models = self.models
-        here = to_device(batch, models.device, {}, non_blocking=False)
-        theirs = models.hidden_states.finish(here)
-        one = torch.ones((), device=models.device)
-        terms = models.step(here.inputs, here.labels, here.valid, here.position_ids, theirs, one)
-        return figure_sums(terms, theirs, models.teacher_head, here.labels, here.valid)
-
     def save_due(self, progress: Progress) -> bool:
-        """True when `--save_interval` micro steps or `--save_minutes` have passed, and at a new best evaluation.
-
-        Asked after each optimizer step; after a stage's first, memory for its snapshots is taken in the background.
-        """
-        stage, self.unprepared = self.unprepared, None
-        if (
-            stage is not None
-            and self.models is not None
-            and self.ranks.is_first
-            and not is_sharded(self.models.student)
-        ):
-            state, student = self._trainer_state(stage), self.models.student
-            self.store.prepare(model=student, trainer_state=state, frozen=frozen_names(student))
+        """True when `--save_interval` micro steps or `--save_minutes` have passed, and at a new best evaluation."""
+        self._take_snapshot_memory()  # here, since this is asked after each optimizer step
         passed = progress.micro_step - self.micro_steps_saved >= self.args.save_interval or self.clock.due()
         return passed or progress.best.get("step") == progress.optimizer_step
+
+    def _take_snapshot_memory(self) -> None:
+        """After a stage's first step, when the optimizer's state is there: in the background, for its first save."""
+        stage, self.unprepared = self.unprepared, None
+        if stage is None or not self.ranks.is_first or is_sharded(stage.trainable):
+            return
+        assert self.models is not None
+        student = self.models.student
+        self.store.prepare(model=student, trainer_state=self._trainer_state(stage), frozen=frozen_names(student))
+
+    def memory_advice(self) -> str:
+        """The line for a run that is out of memory; on the CPU the estimate is made only now."""
+        args, models = self.args, self.models
+        if self.estimate is None and models is not None:
+            self.estimate = estimate_memory(models.teacher.config, models.student.config, args)
+        if self.estimate is None:
+            return f"out of memory on {args.device} while the models were loaded"
+        return oom_advice(self.estimate, args)
 
     def save(self, progress: Progress, stage: Stage) -> None:
         """Write `checkpoint-<step>`: whole state, so that a resumed run equals one never interrupted."""
@@ -347,8 +351,3 @@ class Session:
         """Wait for the checkpoint in flight and close the tracker."""
         self.store.wait()
         self.tracker.close()
-
-
-def sequences_a_step(flags: dict[str, Any], ranks: int) -> int:
-    """Sequences of an optimizer step, over all ranks."""
-    return flags["batch_size"] * flags["grad_accumulation_steps"] * ranks

@@ -4,6 +4,7 @@ import argparse
 import functools
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,8 +77,11 @@ def check_inputs(args: argparse.Namespace, student_source: str, ranks: Ranks) ->
     teacher = load_config(args.teacher_model, local_files_only=local)
     check_teacher_config(teacher, args.teacher_model)
     longest = teacher.max_position_embeddings
-    for flag, length in (("seq_length", args.seq_length), ("matrix_seq_length", args.matrix_seq_length)):
-        if length > longest and (flag == "seq_length" or args.matrix_tokens):
+    lengths = {"seq_length": args.seq_length}
+    if args.matrix_tokens:
+        lengths["matrix_seq_length"] = args.matrix_seq_length
+    for flag, length in lengths.items():
+        if length > longest:
             raise UserError(f"--{flag} {length}: the teacher has {longest} positions; use at most that many")
     if student_source == FROM_TEACHER:
         student = student_config(teacher)
@@ -85,15 +89,17 @@ def check_inputs(args: argparse.Namespace, student_source: str, ranks: Ranks) ->
         student = load_config(student_source, config_class=LlambaConfig, local_files_only=local)
         check_pair(student, teacher, student_source)
     check_layers(args.layers, teacher.num_hidden_layers)
-    estimate, free = None, None
+    way, estimate = parallel.choose_parallel(args, ranks), None
     if args.device.startswith("cuda"):
         free, total = torch.cuda.mem_get_info(args.device)
-        estimate = estimate_memory(teacher, student, args, free)
+        estimate = estimate_memory(teacher, student, args, free, ranks.world_size if way == "fsdp" else 1)
+        if way == "auto":
+            way = "fsdp" if ranks.agree(estimate.needed > free)[0] else "ddp"
+            if way == "fsdp":
+                estimate = estimate_memory(teacher, student, args, free, ranks.world_size)
         log.info("estimated peak of a step: %s; free %.1f of %.1f GiB", estimate.describe(), free / GIB, total / GIB)
-    way = parallel.choose_parallel(args, ranks, estimate.needed if estimate else None, free)
-    if way == "fsdp" and estimate is not None and free is not None:
-        estimate = estimate_memory(teacher, student, args, free, shards=ranks.world_size)
-        log.info("sharded over %d ranks: %s", ranks.world_size, estimate.describe())
+    if way in ("ddp", "fsdp"):
+        log.info("%d ranks, %s", ranks.world_size, "replicated" if way == "ddp" else "sharded")
     return Inputs(get_tokenizer(args.teacher_model, local_files_only=local), estimate, way)
 
 
@@ -126,15 +132,15 @@ def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, 
     models = Models(teacher, student, tokenizer, device, teacher_device, dtype)
     on_cpu = "none" if args.gradient_checkpointing == "auto" else args.gradient_checkpointing
     accelerate(args, models, inputs.estimate.modes if inputs.estimate else on_cpu)
-    models.teacher_head = models.teacher.get_output_embeddings().weight.detach().to(device)
-    models.step = distillation_step(args, models)
-    models.hidden_states = hidden_states(args, models, ranks)
+    connect(args, models, ranks)
     return models
 
 
-def distillation_step(args: argparse.Namespace, models: Models) -> DistillationStep:
-    """The student with its loss, as one module."""
-    return DistillationStep(
+def connect(args: argparse.Namespace, models: Models, ranks: Ranks) -> None:
+    """Make of the pair what steps and evaluations are made of: head, step, and where hidden states come from."""
+    # detached: a teacher that moves to another device takes its parameters along
+    models.teacher_head = models.teacher.get_output_embeddings().weight.detach().to(models.device)
+    models.step = DistillationStep(
         models.student,
         models.teacher_head,  # also with hard labels alone: evaluations compare with the teacher
         temperature=args.temperature,
@@ -143,6 +149,7 @@ def distillation_step(args: argparse.Namespace, models: Models) -> DistillationS
         compile=compiles(args),
         autocast=torch.float16 if models.dtype == torch.float16 else None,
     )
+    models.hidden_states = hidden_states(args, models, ranks)
 
 
 def serves_host(args: argparse.Namespace, ranks: Ranks) -> bool:
@@ -240,7 +247,7 @@ def make_loader(args: argparse.Namespace, name: str, tokenizer: Any, ranks: Rank
     return build_loader(
         source_spec(args, name),
         tokenizer,
-        seq_length=args.matrix_seq_length if name == "matrix" else args.seq_length,
+        seq_length=sequence_length(args, name),
         batch_size=args.batch_size,
         rank=ranks.rank,
         world_size=ranks.world_size,
@@ -276,13 +283,14 @@ def held_out_batches(args: argparse.Namespace, name: str, tokenizer: Any, ranks:
 
 def total_steps(args: argparse.Namespace, name: str, tokenizer: Any, world_size: int) -> int:
     """Optimizer steps of a stage; for `--epochs` from the hint, or estimated by sampling."""
-    sequences = args.batch_size * args.grad_accumulation_steps * world_size
-    if name == "stage2":
-        return _steps(args.second_dataset_tokens * args.second_dataset_epochs, args.seq_length * sequences)
-    if name == "matrix":
-        return _steps(args.matrix_tokens, args.matrix_seq_length * sequences)
-    if name == "hidden":
-        return _steps(args.hidden_tokens, args.seq_length * sequences)
+    sequences = sequences_a_step(vars(args), world_size)
+    tokens = {
+        "matrix": args.matrix_tokens,
+        "hidden": args.hidden_tokens,
+        "stage2": args.second_dataset_tokens * args.second_dataset_epochs,
+    }
+    if name in tokens:
+        return max(1, math.ceil(tokens[name] / (sequences * sequence_length(args, name))))
     if args.epochs <= 0:
         return args.max_steps
     if args.epoch_step_hint:
@@ -294,8 +302,14 @@ def total_steps(args: argparse.Namespace, name: str, tokenizer: Any, world_size:
     return max(1, per_epoch * args.epochs)
 
 
-def _steps(tokens: int, tokens_per_step: int) -> int:
-    return max(1, math.ceil(tokens / tokens_per_step))
+def sequences_a_step(flags: Mapping[str, Any], ranks: int) -> int:
+    """Sequences of an optimizer step, over all ranks."""
+    return flags["batch_size"] * flags["grad_accumulation_steps"] * ranks
+
+
+def sequence_length(args: argparse.Namespace, name: str) -> int:
+    """Tokens of a stage's sequences."""
+    return args.matrix_seq_length if name == "matrix" else args.seq_length
 
 
 def build_stage(
@@ -370,6 +384,6 @@ def alignment(args: argparse.Namespace, name: str, models: Models) -> tuple[Any,
 
 def distillation(args: argparse.Namespace, models: Models, way: str) -> tuple[Any, nn.Module]:
     """(micro step, what it trains) of the KD stages."""
-    if isinstance(models.step, DistillationStep) and not parallel.is_sharded(models.step):
+    if type(models.step) is DistillationStep:  # neither DDP's nor, by FSDP2's subclass, sharded yet
         distribute(args, models, way)
     return kd_micro_step(models.step, models.hidden_states if args.kl_weight > 0 else None), models.step

@@ -51,8 +51,11 @@ def distill(args: argparse.Namespace, ranks: Any) -> int:
         enable_determinism()
     seed_everything(args.seed)
     with contextlib.ExitStack() as held:
-        lock = RunLock(Path(args.output_dir))
-        ranks.first(lambda: held.enter_context(lock) and None)
+
+        def lock_folder() -> None:
+            held.enter_context(RunLock(Path(args.output_dir)))
+
+        ranks.first(lock_folder)
         signals = held.enter_context(StopSignals())
         signals.leave_at_once = True  # nothing to save before the first step
         session = Session(args, signals, ranks)
@@ -64,8 +67,9 @@ def distill(args: argparse.Namespace, ranks: Any) -> int:
             session.estimate, tokenizer = inputs.estimate, inputs.tokenizer
             names = session.stages_left(stages.stage_names(args))
             loaders = ranks.together(lambda: {n: stages.make_loader(args, n, tokenizer, ranks) for n in names})
-            build = lambda: stages.build_models(args, session.student_source, inputs, devices, ranks)  # noqa: E731
-            session.models = ranks.together(build)
+            session.models = ranks.together(
+                lambda: stages.build_models(args, session.student_source, inputs, devices, ranks)
+            )
             session.begin()
             signals.leave_at_once = False
             for name in names:
@@ -77,21 +81,22 @@ def distill(args: argparse.Namespace, ranks: Any) -> int:
                     return max(ranks.gather(signals.exit_code))
             session.save_final()
         except Exception as error:
-            return failure_status(error, args, session)
+            return failure_status(error, session)
         finally:
             session.close()
         log.info("finished: %s", Path(args.output_dir) / "final")
     return 0
 
 
-def failure_status(error: Exception, args: argparse.Namespace, session: Any) -> int:
+def failure_status(error: Exception, session: Any) -> int:
     """One line for what a run cannot go on from, and its exit status; anything unexpected is raised again."""
+    from memory import is_out_of_memory
     from parallel import is_loss_of_rank
     from text_sources import DataStreamLost
     from trainer import AnotherRankStopped, TooManyBadSteps
 
     if is_out_of_memory(error):
-        log.error(memory_advice(args, session))
+        log.error(session.memory_advice())
         return 3
     if isinstance(error, TooManyBadSteps | DataStreamLost | AnotherRankStopped):
         log.error("stopped, with a checkpoint: %s", error)
@@ -101,26 +106,6 @@ def failure_status(error: Exception, args: argparse.Namespace, session: Any) -> 
         log.error("another rank is gone; the last checkpoint is %s", saved[0].name if saved else "none yet")
         return RANK_LOST
     raise error
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """True for what torch, CUDA, cuBLAS and the CPU's allocator raise when memory ends."""
-    import torch
-
-    texts = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
-
-
-def memory_advice(args: argparse.Namespace, session: Any) -> str:
-    """The line for a run that is out of memory; on the CPU the estimate is made only now."""
-    from memory import estimate_memory, oom_advice
-
-    estimate, models = session.estimate, session.models
-    if estimate is None and models is not None:
-        estimate = estimate_memory(models.teacher.config, models.student.config, args)
-    if estimate is None:
-        return f"out of memory on {args.device} while the models were loaded"
-    return oom_advice(estimate, args)
 
 
 if __name__ == "__main__":

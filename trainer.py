@@ -185,12 +185,9 @@ def kd_micro_step(step: nn.Module, teacher: Any):
     """The micro step of the KD stages: the teacher (also for the batch that follows), student, loss, backward."""
 
     def micro_step(batch: DeviceBatch, grad_scale: torch.Tensor) -> Sums:
-        hidden = None
-        if teacher is not None:
-            for coming in (batch, batch.following):
-                if coming is not None and coming.teacher_hidden is None:
-                    teacher.prepare(coming)
-            hidden = teacher.finish(batch)
+        hidden = None if teacher is None else teacher.finish(batch)
+        if teacher is not None and batch.following is not None:
+            teacher.prepare(batch.following)
         terms = step(batch.inputs, batch.labels, batch.valid, batch.position_ids, hidden, grad_scale)
         terms.loss.backward()
         return {

@@ -1,5 +1,6 @@
 """Environment, logging and tracking: devices, seeds, log lines, metrics.jsonl and W&B behind one face."""
 
+import contextlib
 import importlib.metadata
 import json
 import logging
@@ -7,6 +8,7 @@ import math
 import os
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,17 @@ def enable_determinism() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New floating tensors, a model's parameters among them, are made in `dtype`."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def library_versions() -> dict[str, str]:

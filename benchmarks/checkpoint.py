@@ -25,6 +25,7 @@ from checkpoint_files import damage, gib  # noqa: E402
 from checkpoints import CheckpointStore, check_folder, read_trainer_state, rng_state  # noqa: E402
 from host_copies import available_memory  # noqa: E402
 from optimizer import build_optimizer  # noqa: E402
+from utils import default_dtype  # noqa: E402
 
 SIZES = {
     "tiny": dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4),
@@ -51,10 +52,8 @@ SIZES = {
 def build(args: argparse.Namespace) -> tuple[LlamaForCausalLM, torch.optim.Optimizer]:
     """A model of random weights, and its optimizer with the state that a first step makes."""
     dtype = getattr(torch, args.dtype)
-    torch.set_default_dtype(dtype)
-    with torch.device(args.device):
+    with torch.device(args.device), default_dtype(dtype):
         model = LlamaForCausalLM(LlamaConfig(**SIZES[args.size]))
-    torch.set_default_dtype(torch.float32)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not (args.freeze_mlp and ".mlp." in name))
     optimizer = build_optimizer(args.optimizer, model, lr=1e-5, weight_decay=0.1)

@@ -18,8 +18,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from benchmarks.presets import preset
 from initialization import student_config
 from model_utils import load_config
 from models import LlambaForCausalLM
+from utils import default_dtype
 
 
 def parse() -> argparse.Namespace:
@@ -64,16 +64,6 @@ def build(name: str, args: argparse.Namespace) -> Any:
             return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
         wanted = student_config(config) if args.model else sizes.student
         return LlambaForCausalLM(hybrid(wanted, config, sizes.layers if args.layers is None else args.layers)).eval()
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Parameters are made in `dtype`."""
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 def hybrid(student: Any, teacher: Any, layers: Any) -> Any:

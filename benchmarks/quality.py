@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from arguments import UserError, parse_arguments, validate
+from arguments import UserError, complain, parse_arguments, validate
 
 log = logging.getLogger("quality")
 STAGES = ("matrix", "hidden", "stage1", "stage2")
@@ -77,6 +77,8 @@ def read_experiments(file: Path) -> dict[str, list[str]]:
 
 def command_line(bench: argparse.Namespace, name: str, flags: list[str]) -> list[str]:
     """The whole line for train.py, with `--max_steps` from what the other stages leave of the budget."""
+    import stages
+
     line = [
         "--teacher_model", bench.teacher, "--student_model", "from_teacher", "--seq_length", str(bench.seq_length),
         "--dataset_name", bench.train, "--dataset_subset", "", "--second_dataset_name", bench.stage2,
@@ -87,26 +89,15 @@ def command_line(bench: argparse.Namespace, name: str, flags: list[str]) -> list
     if "--second_dataset_tokens" not in flags:
         line.append("--skip_stage2")
     args = parse_arguments(line)
-    steps = steps_by_stage(args)
-    total = steps.pop("stage1")
-    spent = sum(steps[stage] * tokens_per_step(args, stage) for stage in steps)
-    left = (bench.tokens - spent) // tokens_per_step(args, "stage1")
+    sequences = stages.sequences_a_step(vars(args), 1)
+    others = [name for name in stages.stage_names(args) if name != "stage1"]
+    steps = {name: stages.total_steps(args, name, None, 1) for name in others}
+    spent = sum(steps[name] * sequences * stages.sequence_length(args, name) for name in others)
+    left = (bench.tokens - spent) // (sequences * args.seq_length)
     if left < 1:
         raise UserError(f"{name}: the other stages take {spent:,} of --tokens {bench.tokens:,}; stage 1 needs a step")
     total = left + sum(steps.values())
     return [*line, "--max_steps", str(left), "--eval_interval", str(max(1, total // max(1, bench.evaluations)))]
-
-
-def steps_by_stage(args: argparse.Namespace) -> dict[str, int]:
-    """Optimizer steps of each stage that the flags ask for."""
-    import stages
-
-    return {name: stages.total_steps(args, name, None, 1) for name in stages.stage_names(args)}
-
-
-def tokens_per_step(args: argparse.Namespace, stage: str) -> int:
-    length = args.matrix_seq_length if stage == "matrix" else args.seq_length
-    return args.batch_size * args.grad_accumulation_steps * length
 
 
 class Judge:
@@ -328,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
         bench.output.mkdir(parents=True, exist_ok=True)
         failed = work(bench, lines) if lines else 0
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(str(error))
         return 2
     report(bench.output)
     print(f"written: {bench.output}/results.jsonl, results.md, results.png")

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch.nn import functional as F
+from transformers import LlamaForCausalLM
 
 import stages
 from acceleration import UpdateInBackward, accelerate, set_activation_checkpointing
@@ -40,6 +41,7 @@ from model_utils import apply_replacements, as_teacher, freeze, share_frozen_wei
 from models import LlambaForCausalLM
 from parallel import Ranks, launched
 from trainer import DeviceBatch, Progress, Services, Stage, run_stage
+from utils import default_dtype
 
 GIB = 2**30
 PARTS = ("data", "teacher", "student", "loss", "backward", "optimizer")
@@ -104,16 +106,10 @@ def build_pair(args: argparse.Namespace, sizes: Preset, *, share: bool) -> stage
     """Both models on the device with random weights, and the surgery that a run does on them."""
     torch.manual_seed(args.seed)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            sizes.teacher._attn_implementation = args.attn_implementation
-            from transformers import LlamaForCausalLM
-
-            teacher = as_teacher(LlamaForCausalLM(sizes.teacher))
-            student = LlambaForCausalLM(sizes.student)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    sizes.teacher._attn_implementation = args.attn_implementation
+    with torch.device(device), default_dtype(dtype):
+        teacher = as_teacher(LlamaForCausalLM(sizes.teacher))
+        student = LlambaForCausalLM(sizes.student)
     transfer_teacher_weights(student, teacher, replaced=args.layers)
     apply_replacements(student, teacher, args.layers)
     freeze(student, mlp=args.freeze_mlp, replaced_layers=args.freeze_replaced_layers)
@@ -124,13 +120,11 @@ def build_pair(args: argparse.Namespace, sizes: Preset, *, share: bool) -> stage
 
 
 def place(args: argparse.Namespace, models: stages.Models, ranks: Ranks) -> None:
-    """Put the teacher where the flags want it, and make the step, as `stages.build_models` does."""
-    models.teacher_head = models.teacher.get_output_embeddings().weight.detach()
-    models.step = stages.distillation_step(args, models)
+    """Put the teacher where the flags want it, and connect the pair."""
     if ranks.alone and args.teacher_device:
         models.teacher_device = torch.device(args.teacher_device)
         models.teacher.to(models.teacher_device)  # type: ignore[arg-type]
-    models.hidden_states = stages.hidden_states(args, models, ranks)
+    stages.connect(args, models, ranks)
 
 
 def ours(

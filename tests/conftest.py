@@ -101,6 +101,14 @@ def tiny_teacher(tmp_path_factory, tokenizer_dir) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory, documents) -> dict[str, Path]:
+    """Training and held-out text and conversations as JSONL.GZ, a module's own."""
+    import runs
+
+    return runs.write_sources(tmp_path_factory.mktemp("text"), documents)
+
+
 @pytest.fixture(scope="session")
 def run_script():
     """Run a top-level script in a process of its own; returns the CompletedProcess with text output."""

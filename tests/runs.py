@@ -70,3 +70,10 @@ def losses(output: Path) -> list[tuple[int, float, float]]:
     """(step, loss, gradient norm) of every logged step."""
     rows = [row for row in metrics(output) if "train/loss" in row]
     return [(row["step"], row["train/loss"], row["train/grad_norm"]) for row in rows]
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    """Every tensor of a checkpoint, by name."""
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}

@@ -11,11 +11,6 @@ import runs
 import train
 
 
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory, documents):
-    return runs.write_sources(tmp_path_factory.mktemp("text"), documents)
-
-
 def complaint(capsys, argv: list[str]) -> str:
     """Run train.py in this process; returns its one line on stderr."""
     try:

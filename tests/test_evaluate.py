@@ -23,11 +23,6 @@ SMOLLM2 = ROOT / ".cache" / "SmolLM2-135M-Instruct"
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory, documents):
-    return runs.write_sources(tmp_path_factory.mktemp("text"), documents)
-
-
-@pytest.fixture(scope="module")
 def student(tmp_path_factory, tiny_teacher, sources):
     """`final` of a short run, a hybrid."""
     output = tmp_path_factory.mktemp("run")

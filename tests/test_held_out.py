@@ -14,11 +14,6 @@ EVERY = {"kl", "top1_agreement", "student_perplexity", "perplexity_ratio", "toke
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory, documents):
-    return runs.write_sources(tmp_path_factory.mktemp("text"), documents)
-
-
-@pytest.fixture(scope="module")
 def sharp_teacher(tmp_path_factory, tiny_teacher):
     """The tiny teacher with an opinion: its logits are far from uniform, so that there is something to learn."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -11,7 +11,6 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import runs
 from conftest import ROOT
@@ -20,10 +19,6 @@ from parallel import Ranks
 pytestmark = pytest.mark.slow
 
 EXACT = {"dtype": "float32", "optimizer": "adamw", "skip_stage2": True, "max_steps": 10, "grad_accumulation_steps": 2}
-
-
-def all_weights(folder):
-    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
 
 
 def launch(ranks, flags, *, wait=True, **variables):
@@ -50,11 +45,6 @@ def ended(process, seconds=60):
     process.wait(timeout=seconds)
     process.log.seek(0)
     return process.log.read()
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory, documents):
-    return runs.write_sources(tmp_path_factory.mktemp("text"), documents)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +76,7 @@ def test_two_ranks_equal_one_with_twice_the_batch(extra, alone, tiny_teacher, so
     for (step, loss, norm), (other_step, other_loss, other_norm) in zip(expected, found):
         assert step == other_step
         assert abs(loss - other_loss) < 2e-6 * loss and abs(norm - other_norm) < 1e-5 * norm
-    weights, others = (all_weights(folder / "final") for folder in (alone, tmp_path / "run"))
+    weights, others = (runs.weights(folder / "final") for folder in (alone, tmp_path / "run"))
     assert weights.keys() == others.keys()
     for name, weight in weights.items():
         assert (others[name] - weight).norm() <= 2e-5 * weight.norm(), name

@@ -23,11 +23,6 @@ OPTIONS = dict(max_steps=14, save_interval=4, grad_accumulation_steps=2, freeze_
 KILLS = 20
 
 
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory, documents):
-    return runs.write_sources(tmp_path_factory.mktemp("text"), documents)
-
-
 def start(argv: list[str], log: Path) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "train.py"), *argv]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}

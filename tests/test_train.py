@@ -8,7 +8,6 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import runs
 import train
@@ -16,11 +15,6 @@ from checkpoint_files import damage
 from conftest import ROOT
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory, documents):
-    return runs.write_sources(tmp_path_factory.mktemp("text"), documents)
 
 
 @pytest.fixture(scope="module")
@@ -87,14 +81,10 @@ def test_a_new_run_continues_from_a_checkpoint(finished, tiny_teacher, sources, 
         max_lr="1e-12", min_lr="1e-12", weight_decay=0, skip_stage2=True,
     )  # fmt: skip
     assert train.main(argv) == 0
-    before = load_shards(finished[0] / "final")
-    after = load_shards(tmp_path / "more" / "final")
+    before = runs.weights(finished[0] / "final")
+    after = runs.weights(tmp_path / "more" / "final")
     assert before.keys() == after.keys()
     assert all(torch.allclose(before[name], after[name], atol=1e-9) for name in before)
-
-
-def load_shards(folder):
-    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -107,7 +97,7 @@ def test_low_precision_runs(tiny_teacher, sources, tmp_path, dtype, accumulation
     assert train.main(argv) == 0
     values = [loss for _, loss, _ in runs.losses(tmp_path / "run")]
     assert len(values) == 3 and all(5 < value < 8 for value in values)
-    tensors = load_shards(tmp_path / "run" / "final")
+    tensors = runs.weights(tmp_path / "run" / "final")
     assert {str(t.dtype) for t in tensors.values()} == {f"torch.{dtype}"}
 
 
