@@ -5,6 +5,7 @@ Both models are built from configurations with random weights; the step is `trai
 
 python benchmarks/step.py --preset 8b --freeze_mlp --plain --seq_length 4096 8192 --json step.jsonl
 torchrun --standalone --nproc_per_node=2 benchmarks/step.py --preset 8b --freeze_mlp --parallel fsdp
+python benchmarks/step.py --preset 8b --stage hidden
 Flags that are not listed by --help go to train.py's parser, such as --gradient_checkpointing or --optimizer. Under
 torchrun tokens and seconds are those of all ranks; with --teacher_device the teacher's part is what is waited for.
 """
@@ -128,10 +129,11 @@ def place(args: argparse.Namespace, models: stages.Models, ranks: Ranks) -> None
 
 
 def ours(
-    args: argparse.Namespace, models: stages.Models, loader: Any, steps: int, clock: Clock, ranks: Ranks
+    args: argparse.Namespace, models: stages.Models, loader: Any, steps: int, clock: Clock, ranks: Ranks, name: str
 ) -> Stage:
-    """The project's own stage, with marks between its parts."""
-    stage = stages.build_stage(args, "stage1", models, loader, steps, ranks, "none" if ranks.alone else args.parallel)
+    """The project's own stage, with marks between its parts; those of an alignment are one, "backward"."""
+    stages.calibration_tokens = lambda *_: loader.batches[0].tokens[:1, :-1]  # type: ignore[assignment]
+    stage = stages.build_stage(args, name, models, loader, steps, ranks, "none" if ranks.alone else args.parallel)
     if args.update_in_backward and not isinstance(stage.optimizer, UpdateInBackward):
         stage.optimizer = UpdateInBackward(stage.optimizer, stage.grad_clip)  # type: ignore[assignment]
     mark, synchronise, finish = clock.mark, stage.synchronise, stage.finish_gradients
@@ -152,7 +154,7 @@ def ours(
 
 
 def plain(
-    args: argparse.Namespace, models: stages.Models, loader: Any, steps: int, clock: Clock, ranks: Ranks
+    args: argparse.Namespace, models: stages.Models, loader: Any, steps: int, clock: Clock, ranks: Ranks, name: str
 ) -> Stage:
     """What one would write first: all logits in float32, everything of the student its own, bf16 Adam, no compile."""
     models.student.zero_grad(set_to_none=True)
@@ -239,7 +241,7 @@ def measure(
     micro_steps = args.grad_accumulation_steps * (bench.warmup + bench.steps)
     loader = SyntheticLoader(args, sizes.teacher.vocab_size, micro_steps, clock)
     make = ours if way == "ours" else plain
-    stage = make(args, models, loader, bench.warmup + bench.steps, clock, ranks)
+    stage = make(args, models, loader, bench.warmup + bench.steps, clock, ranks, bench.stage)
     drive(stage, 1, 1)
     row["first_step_s"] = time.perf_counter() - began
     row["since_start_s"] = since_process_start()
@@ -365,6 +367,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--layers", nargs="+", default=None, help="layers to replace; the preset's if not given")
     parser.add_argument("--plain", action="store_true", help="also the plain way, in the same run")
     parser.add_argument("--only_plain", action="store_true", help="the plain way alone")
+    parser.add_argument("--stage", choices=["matrix", "hidden", "stage1"], default="stage1")
     parser.add_argument("--update_in_backward", action="store_true")
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
