@@ -118,7 +118,6 @@ def test_two_ranks_equal_one_with_8_bit_moments_and_one_goes_on(way, alone_8bit,
             assert abs(loss - other_loss) < 2e-6 * loss and abs(norm - other_norm) < 2e-3 * norm
         assert weights.keys() == end.keys()
         for name, weight in end.items():
-            assert 0 < (weight - halfway[name]).norm(), name
             assert (weights[name] - weight).norm() < 0.05 * (weight - halfway[name]).norm(), name
 
 
