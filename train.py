@@ -19,7 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run with command-line flags; returns the exit status.
 
     0: finished. 2: a user's mistake, in one line. 3: out of memory. 4: training or its data broke down, with a
-    checkpoint of the last good state. 5: another rank is gone. 128+N: stopped by signal N, with a checkpoint.
+    checkpoint of the last good state once training has begun. 5: another rank is gone. 128+N: stopped by signal N,
+    with a checkpoint.
     """
     args = parse_arguments(argv)
     try:
@@ -99,7 +100,9 @@ def failure_status(error: Exception, session: Any) -> int:
         log.error(session.memory_advice())
         return 3
     if isinstance(error, TooManyBadSteps | DataStreamLost | AnotherRankStopped):
-        log.error("stopped, with a checkpoint: %s", error)
+        session.store.wait()
+        saved = session.store.folder.complete()
+        log.error("stopped, %s: %s", "with a checkpoint" if saved else "before the first checkpoint", error)
         return 4
     if not session.ranks.alone and is_loss_of_rank(error):
         saved = session.store.folder.complete()

@@ -27,7 +27,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Fault:
-    """`kind`: status (an error code), cut (the connection drops in mid-body), stall, truncate (a short body)."""
+    """`kind`: status (an error code), cut (the connection drops in mid-body), stall, truncate (half as if all)."""
 
     match: str
     kind: str
@@ -35,6 +35,7 @@ class Fault:
     status: int = 500
     retry_after: float | None = None
     seconds: float = 0.0
+    after: str = ""  # not before a path that contains this was asked for
 
 
 class LoopbackHub:
@@ -87,7 +88,8 @@ class LoopbackHub:
     def take_fault(self, path: str) -> Fault | None:
         with self.lock:
             for fault in self.faults:
-                if fault.match in path and fault.count > 0:
+                begun = any(fault.after in asked for _, asked, _ in self.requests)
+                if fault.match in path and fault.count > 0 and begun:
                     fault.count -= 1
                     return fault
         return None
@@ -201,14 +203,16 @@ class _Handler(Uploads, BaseHTTPRequestHandler):
         self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
 
     def _send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+        fault = self.fault.kind if self.fault is not None else ""
+        if fault == "truncate":
+            content = content[: len(content) // 2]
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
             return
-        fault = self.fault.kind if self.fault is not None else ""
-        if fault in ("cut", "truncate", "stall"):
+        if fault in ("cut", "stall"):
             self.wfile.write(content[: len(content) // 2])
             self.wfile.flush()
             if fault == "stall" and self.fault is not None:
