@@ -226,7 +226,7 @@ def measure(
     if way == "ours":
         free = torch.cuda.mem_get_info()[0] if cuda else None
         shards = ranks.world_size if args.parallel == "fsdp" else 1
-        estimate = estimate_memory(sizes.teacher, sizes.student, args, free, shards)
+        estimate = estimate_memory(sizes.teacher, sizes.student, args, free, shards, args.parallel == "ddp")
         print("estimate:", estimate.describe(), f"({time.perf_counter() - began:.1f} s)", flush=True)
     models = build_pair(args, sizes, share=way == "ours" and not args.teacher_device)
     flops = step_flops(models.teacher, models.student, args.seq_length)
