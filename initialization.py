@@ -129,12 +129,30 @@ class LayerVisit:
     options: dict[str, Any]  # what else the attention was given: positions, rotary embedding, mask
 
 
-def visit_layers(teacher: Any, inputs: torch.Tensor, positions: torch.Tensor | None = None) -> Iterator[LayerVisit]:
+def attend(layer: Any, hidden: torch.Tensor, options: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A teacher layer's first half for hidden states [b, t, d]: its normalised input u and its attention's output."""
+    u = layer.input_layernorm(hidden)
+    return u, layer.self_attn(hidden_states=u, past_key_values=None, **options)[0]
+
+
+def finish(layer: Any, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    """Its second half: the hidden states [b, t, d] after it."""
+    hidden = hidden + attended
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+
+def visit_layers(
+    teacher: Any,
+    inputs: torch.Tensor,
+    positions: torch.Tensor | None = None,
+    halves: tuple[Any, Any] = (attend, finish),
+) -> Iterator[LayerVisit]:
     """Walk through a teacher's backbone layer by layer, without gradients; one layer's tensors at a time.
 
-    inputs int64 [b, t]; positions [b, t] restart at each document. The next layer runs when the caller asks for it.
-    The layers' parts are called one by one: all supported architectures are pre-norm, attention then MLP.
+    inputs int64 [b, t]; positions [b, t] restart at each document; `halves` may be compiled. The next layer runs when
+    the caller asks for it. All supported architectures are pre-norm, attention then MLP.
     """
+    first, second = halves
     with torch.no_grad():
         hidden = teacher.embed_tokens(inputs)
         layers = range(len(teacher.layers))
@@ -142,12 +160,10 @@ def visit_layers(teacher: Any, inputs: torch.Tensor, positions: torch.Tensor | N
     for index, layer in enumerate(teacher.layers):
         options = shared.for_layer(index)
         with torch.no_grad():
-            u = layer.input_layernorm(hidden)
-            attended = layer.self_attn(hidden_states=u, past_key_values=None, **options)[0]
+            u, attended = first(layer, hidden, options)
         yield LayerVisit(index, layer.self_attn, u, attended, options)
         with torch.no_grad():
-            hidden = hidden + attended
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            hidden = second(layer, hidden, attended)
 
 
 @torch.no_grad()

@@ -17,10 +17,16 @@ BLOCK = 4096  # entries of a row at a time
 
 
 @triton.jit
+def _factor(maximum, exponent):
+    """exp(exponent): what a lane's sums relative to its running maximum are multiplied by; nothing seen yet: 0."""
+    return tl.where(maximum == float("-inf"), 0.0, tl.exp(exponent))
+
+
+@triton.jit
 def _grown(maximum, x):
-    """(new running maximum, factor for sums relative to the old one) of each lane; nothing seen yet: factor 0."""
+    """(new running maximum, factor for sums relative to the old one) of each lane."""
     larger = tl.maximum(maximum, x)
-    return larger, tl.where(maximum == float("-inf"), 0.0, tl.exp(maximum - larger))
+    return larger, _factor(maximum, maximum - larger)
 
 
 @triton.jit
@@ -54,8 +60,8 @@ def _row_kernel(
         t_top = tl.where(t > t_max, start + lane, t_top)
         if SOFT:
             s_new, t_new = tl.maximum(s_max, s), tl.maximum(t_max, t)
-            s_keep = tl.where(s_max == float("-inf"), 0.0, tl.exp((s_max - s_new) / temperature))
-            t_keep = tl.where(t_max == float("-inf"), 0.0, tl.exp((t_max - t_new) / temperature))
+            s_keep = _factor(s_max, (s_max - s_new) / temperature)
+            t_keep = _factor(t_max, (t_max - t_new) / temperature)
             t_part = tl.where(inside, tl.exp((t - t_new) / temperature), 0.0)
             s_soft = s_soft * s_keep + tl.where(inside, tl.exp((s - s_new) / temperature), 0.0)
             t_soft = t_soft * t_keep + t_part
@@ -70,15 +76,15 @@ def _row_kernel(
 
     s_best, s_choice = _first_of_largest(s_max, s_top)
     t_best, t_choice = _first_of_largest(t_max, t_top)
-    s_lane = tl.where(s_max == float("-inf"), 0.0, tl.exp(s_max - s_best))
-    t_lane = tl.where(t_max == float("-inf"), 0.0, tl.exp(t_max - t_best))
+    s_lane = _factor(s_max, s_max - s_best)
+    t_lane = _factor(t_max, t_max - t_best)
     s_total, t_total = tl.sum(s_sum * s_lane, 0), tl.sum(t_sum * t_lane, 0)
     s_lse, t_lse = s_best + tl.log(s_total), t_best + tl.log(t_total)
     kl = tl.sum(t_times_gap * t_lane, 0) / t_total - t_lse + s_lse
     ce = s_lse - tl.sum(s_at_label, 0)
     if SOFT:
-        s_lane = tl.where(s_max == float("-inf"), 0.0, tl.exp((s_max - s_best) / temperature))
-        t_lane = tl.where(t_max == float("-inf"), 0.0, tl.exp((t_max - t_best) / temperature))
+        s_lane = _factor(s_max, (s_max - s_best) / temperature)
+        t_lane = _factor(t_max, (t_max - t_best) / temperature)
         s_soft_total, t_soft_total = tl.sum(s_soft * s_lane, 0), tl.sum(t_soft * t_lane, 0)
         mean_s = tl.sum(t_soft_times_s * t_lane, 0) / t_soft_total
         soft = (s_best - mean_s) / temperature + tl.log(s_soft_total)

@@ -76,8 +76,15 @@ class LayerCost:
 class StepModel:
     """All that the estimate knows of a step: sizes by part, costs by layer and mode."""
 
-    def __init__(self, teacher_config: Any, student_config: LlambaConfig, args: argparse.Namespace, shards: int = 1):
-        self.args, self.shards = args, shards
+    def __init__(
+        self,
+        teacher_config: Any,
+        student_config: LlambaConfig,
+        args: argparse.Namespace,
+        shards: int = 1,
+        replicated: bool = False,
+    ):
+        self.args, self.shards, self.replicated = args, shards, replicated
         self.dtype = getattr(torch, args.dtype)
         self.parameter_dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
         self.student = meta_student(teacher_config, student_config, args, self.parameter_dtype)
@@ -119,6 +126,15 @@ class StepModel:
         """The head's gradient is float32; a tied one is added to the embedding's."""
         head = self.student.lm_head.weight
         return head.numel() * 4.0 if head.requires_grad else 0.0
+
+    def buckets(self) -> float:
+        """DDP's buckets: room for every gradient but the head's, from the start to the end of the run.
+
+        Once a gradient is reduced it is a view of them (`gradient_as_bucket_view`); before, it has its own memory.
+        """
+        head = self.student.lm_head.weight
+        held = [p for p in self._trainable() if p is not head] if self.replicated else []
+        return float(sum(p.numel() * p.element_size() for p in held))
 
     def embedding_gradient(self) -> float:
         table: Any = self.student.backbone.embedding.weight
@@ -173,18 +189,19 @@ class StepModel:
         head, embedding = self.head_gradient(), self.embedding_gradient() / self.shards
         everything = sum(gradients) + head + embedding
         kept = everything if self.args.grad_accumulation_steps > 1 else 0.0
+        in_place = self.update_in_backward or self.replicated  # gradients leave their own memory as they come
         moments = [{"gradients": max(head, kept), "activations": sum(c.saved for c in costs), "loss": self.loss()}]
         for index in reversed(range(len(costs))):
-            above = 0.0 if self.update_in_backward else sum(gradients[index + 1 :])
+            above = 0.0 if in_place else sum(gradients[index + 1 :])
             held = max(head + above + gradients[index], kept)
             alive = sum(c.saved for c in costs[: index + 1]) + costs[index].working
             moments.append({"gradients": held, "activations": alive, "loss": 0.0})
-        last = head + embedding if self.update_in_backward else everything
+        last = head + embedding if in_place else everything
         wide = self.parameter_dtype.itemsize == 4
         update = sum(p.numel() for p in self._trainable()) * UPDATE_BYTES[self.args.optimizer][wide]
         moments.append({"gradients": last, "activations": 0.0, "update": 0.0 if self.update_in_backward else update})
         peak = max(moments, key=lambda moment: sum(moment.values()))
-        parts = {**self.constants, **peak, "workspace": WORKSPACE}
+        parts = {**self.constants, "gradient buckets": self.buckets(), **peak, "workspace": WORKSPACE}
         return MemoryEstimate(parts, tuple(modes), self._savings(parts, costs))
 
     def _savings(self, parts: dict[str, float], costs: list[LayerCost]) -> dict[str, float]:
@@ -210,7 +227,8 @@ class StepModel:
             wide = self.parameter_dtype.itemsize == 4
             change = STATE_BYTES[args.optimizer][wide] - STATE_BYTES["adamw8bit"][wide]
             found["--optimizer adamw8bit"] = change * sum(p.numel() for p in self._trainable())
-        if not self.update_in_backward and args.grad_accumulation_steps == 1:
+        alone = self.shards == 1 and not self.replicated
+        if alone and not self.update_in_backward and args.grad_accumulation_steps == 1:
             found["--update_in_backward"] = 0.9 * parts["gradients"]
         if self.same_device and parts["teacher weights"]:
             found["--teacher_device on another device"] = parts["teacher weights"]
@@ -225,14 +243,15 @@ def estimate_memory(
     args: argparse.Namespace,
     free_bytes: float | None = None,
     shards: int = 1,
+    replicated: bool = False,
 ) -> MemoryEstimate:
     """The peak of a training step from the two configurations and the flags; nothing is loaded.
 
     `--gradient_checkpointing auto` takes the least recomputation with which the step fits into `free_bytes`: layers
     go from none to selective, then from selective to full, one at a time; on the CPU (`free_bytes` None) none.
-    With `shards`, both models are sharded over that many ranks.
+    With `shards`, both models are sharded over that many ranks (FSDP2); `replicated`: whole on each of them (DDP).
     """
-    step = StepModel(teacher_config, student_config, args, shards)
+    step = StepModel(teacher_config, student_config, args, shards, replicated)
     layers = step.student.config.n_layer
     if args.gradient_checkpointing != "auto":
         return step.estimate([args.gradient_checkpointing] * layers)

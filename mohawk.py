@@ -11,13 +11,14 @@ sequences, so that 1 x 8 and 2 x 4 (batch x accumulation) have the same gradient
 """
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from acceleration import compiles_here
-from initialization import visit_layers
+from initialization import attend, finish, visit_layers
 from models import LlambaForCausalLM
 from models.modeling_llamba import attention_module
 from models.state_space import decay_dtype, ssd_matrix
@@ -50,7 +51,7 @@ class AlignmentStep:
         self.teacher, self.student, self.autocast = teacher.model, student, autocast
         layers: Any = student.backbone.layers
         self.mixers: dict[int, Any] = {i: layer.mixer for i, layer in enumerate(layers) if hasattr(layer, "mixer")}
-        self.untried = compile
+        self.untried, self.halves = compile, (attend, finish)
         parts: dict[int, list[Tensor]] = {index: [] for index in self.mixers}
         for rows in tokens.split(1):
             for index, _, target in self._walk(rows, None):
@@ -61,7 +62,7 @@ class AlignmentStep:
         """(layer, its attention's input u, what its mixer is to match) of every layer that has a mixer, in turn."""
         device = self.teacher.embed_tokens.weight.device
         positions = None if positions is None else positions.to(device)
-        for visit in visit_layers(self.teacher, inputs.to(device), positions):
+        for visit in visit_layers(self.teacher, inputs.to(device), positions, self.halves):
             if visit.index in self.mixers:
                 with torch.no_grad():
                     target = self.target(visit.attention, visit.u, visit.attended, visit.options)
@@ -71,6 +72,8 @@ class AlignmentStep:
         """Forward and backward of every mixer on one batch; figures as sums over valid tokens."""
         sums: Sums = {}
         device = batch.inputs.device
+        if self.untried:
+            self._try_compiled_halves(batch)
         for index, u, target in self._walk(batch.inputs, batch.position_ids):
             self._align(index, u.to(device), target.to(device), batch, grad_scale, sums)
         return sums
@@ -91,6 +94,13 @@ class AlignmentStep:
         sums["loss"] = sums["loss"] + share if "loss" in sums else share
         sums[f"layers/squared_error_{index}"] = total.detach()
         sums[f"layers/mean_decay_{index}"] = (decay * batch.valid).sum().detach()
+
+    def _try_compiled_halves(self, batch: DeviceBatch) -> None:
+        """Compile the halves of the teacher's layers, one graph for all; what does not compile here stays eager."""
+        seen = batch.inputs, batch.position_ids
+        eager, self.halves = self.halves, (torch.compile(attend, dynamic=False), torch.compile(finish, dynamic=False))
+        if not compiles_here("a teacher layer's halves", lambda: list(islice(self._walk(*seen), 2))):
+            self.halves = eager
 
     def _try_compiled(self, inputs: tuple[Any, ...]) -> None:
         """Compile the loss, one graph for all equal mixers; what does not compile here stays eager.

@@ -92,15 +92,25 @@ def check_inputs(args: argparse.Namespace, student_source: str, ranks: Ranks) ->
     way, estimate = parallel.choose_parallel(args, ranks), None
     if args.device.startswith("cuda"):
         free, total = torch.cuda.mem_get_info(args.device)
-        estimate = estimate_memory(teacher, student, args, free, ranks.world_size if way == "fsdp" else 1)
-        if way == "auto":
-            way = "fsdp" if ranks.agree(estimate.needed > free)[0] else "ddp"
-            if way == "fsdp":
-                estimate = estimate_memory(teacher, student, args, free, ranks.world_size)
+        way, estimate = settle_parallel(teacher, student, args, way, free, ranks)
         log.info("estimated peak of a step: %s; free %.1f of %.1f GiB", estimate.describe(), free / GIB, total / GIB)
     if way in ("ddp", "fsdp"):
         log.info("%d ranks, %s", ranks.world_size, "replicated" if way == "ddp" else "sharded")
     return Inputs(get_tokenizer(args.teacher_model, local_files_only=local), estimate, way)
+
+
+def settle_parallel(
+    teacher: Any, student: LlambaConfig, args: argparse.Namespace, way: str, free: float, ranks: Ranks
+) -> tuple[str, MemoryEstimate]:
+    """`way` with auto settled (ddp where a step fits into every rank's `free` bytes, else fsdp), and its estimate."""
+    estimated = functools.partial(estimate_memory, teacher, student, args, free)
+    if way != "fsdp":
+        estimate = estimated(replicated=way != "none")
+        if way != "auto":
+            return way, estimate
+        if not ranks.agree(estimate.needed > free)[0]:
+            return "ddp", estimate
+    return "fsdp", estimated(ranks.world_size)
 
 
 def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, devices: Any, ranks: Ranks) -> Models:

@@ -330,6 +330,32 @@ def test_an_estimate_of_8b_reads_no_weights_and_fits_what_was_measured():
     assert estimate.allocated / GIB == pytest.approx(58.9, rel=0.1)
 
 
+def test_replicated_8b_holds_its_gradient_buckets_as_measured():
+    """62.6 GiB were measured on each of two H100s under DDP, beside 57.8 on one."""
+    from benchmarks.presets import preset
+
+    torch._dynamo.reset()
+    sizes = preset("8b")
+    args = parse_arguments(["--freeze_mlp", "--gradient_checkpointing", "none"])
+    whole, replicated = (estimate_memory(sizes.teacher, sizes.student, args, replicated=ddp) for ddp in (False, True))
+    assert (replicated.allocated - whole.allocated) / GIB == pytest.approx(62.6 - 57.8, abs=0.1)
+    assert replicated.allocated / GIB == pytest.approx(62.6, rel=0.03)
+    assert replicated.parts["gradients"] <= whole.parts["gradients"]
+
+
+def test_accumulation_under_ddp_holds_gradients_beside_the_buckets():
+    """Micro steps before the last one add up in memory of their own."""
+    teacher, student = big_pair()
+    args = flags("--grad_accumulation_steps", "2", "--gradient_checkpointing", "full", "--seq_length", "16")
+    whole, replicated = (estimate_memory(teacher, student, args, replicated=ddp).parts for ddp in (False, True))
+    assert replicated["gradients"] == whole["gradients"]
+    assert whole["gradient buckets"] == 0 and replicated["gradient buckets"] > 0.6 * whole["gradients"]
+    args.grad_accumulation_steps = 1
+    for ddp in (False, True):  # which works on one rank alone
+        advice = oom_advice(estimate_memory(teacher, student, args, replicated=ddp), args)
+        assert ("--update_in_backward" in advice) is not ddp
+
+
 def test_fp8_linear_is_close_to_the_one_it_stands_for():
     torch.manual_seed(0)
     linear = nn.Linear(256, 128).bfloat16()

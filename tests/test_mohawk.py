@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import runs
 import train
 from conftest import tiny_llama_config
-from initialization import visit_layers
+from initialization import attend, finish, visit_layers
 from models.modeling_llamba import AttentionInputs
 from mohawk import AlignmentStep, attention_matrix, hidden_loss, matrix_loss, trained_mixers
 from test_model_utils import TEACHERS, make_student, make_teacher
@@ -163,7 +163,7 @@ def test_lower_precision_is_close(kind, dtype):
     step = AlignmentStep(kind, teacher, student, PROBE, autocast=dtype if half else None)
     sums = step(batch_of(tokens, positions), scale)
     given = torch.cat([p.grad.flatten() for p in trained_mixers(student).parameters() if p.grad is not None])
-    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
     assert sums["loss"].dtype == torch.float32
     assert sums["loss"].item() == pytest.approx(exact["loss"].item(), rel=tolerance)
     assert (given.double() - wanted).norm() < tolerance * wanted.norm()
@@ -185,6 +185,7 @@ def test_compiled_is_eager_and_its_trial_leaves_no_gradient(kind, monkeypatch):
         sums = step(batch_of(tokens), scale)
         results.append((sums["loss"], [p.grad for p in trained_mixers(student).parameters() if p.grad is not None]))
         assert (step.loss is not {"matrix": matrix_loss, "hidden": hidden_loss}[kind]) == compile
+        assert (step.halves != (attend, finish)) == compile
     (loss, gradients), (compiled_loss, compiled_gradients) = results
     assert len(hooks) == 2
     assert torch.allclose(loss, compiled_loss, rtol=1e-9)

@@ -1,0 +1,75 @@
+"""How far a teacher with fp8 matrices is from itself in bf16, on real text.
+
+    python benchmarks/fp8.py --teacher FOLDER --text valid.parquet
+
+KL(bf16 || fp8) in nats a token, top-1 agreement and both perplexities, at temperature 1.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.remove(str(Path(__file__).resolve().parent))  # its names would hide others
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+import evaluate
+from acceleration import quantise_teacher_fp8
+from losses import chunked_kd_loss
+from model_utils import get_teacher_model, get_tokenizer
+from parallel import Ranks
+from stages import held_out_batches
+from teacher import OwnTeacher
+from trainer import to_device
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="folder or hub id")
+    parser.add_argument("--text", default="../shared/data/fineweb_like/valid.parquet", help="what train.py reads")
+    parser.add_argument("--seq_length", type=int, default=1024, help="tokens a sequence")
+    parser.add_argument("--tokens", type=int, default=400_000, help="tokens to measure on, at least")
+    parser.add_argument("--device", default="cuda:0", help="torch device; without fp8 units the codes are emulated")
+    return parser.parse_args(argv)
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> None:
+    bench = parse(argv)
+    device = torch.device(bench.device)
+    teachers = [get_teacher_model(bench.teacher, dtype=torch.bfloat16, device=device) for _ in range(2)]
+    held = quantise_teacher_fp8(teachers[1])
+    head = teachers[0].get_output_embeddings().weight
+    exact, coarse = (OwnTeacher(teacher, device) for teacher in teachers)
+    options = [
+        "--student",
+        "",
+        "--teacher",
+        bench.teacher,
+        "--seq_length",
+        str(bench.seq_length),
+        "--batch_size",
+        "4",
+    ]
+    batches = held_out_batches(evaluate.parse(options), bench.text, get_tokenizer(bench.teacher), Ranks())
+
+    def sums(batch: Any) -> torch.Tensor:
+        here = to_device(batch, device, {}, non_blocking=False)
+        wanted, got = exact.finish(here), coarse.finish(to_device(batch, device, {}, non_blocking=False))
+        both = chunked_kd_loss(got, head, wanted, head, here.labels, here.valid)
+        alone = chunked_kd_loss(wanted, head, None, None, here.labels, here.valid, kl_weight=0.0, ce_weight=1.0)
+        row = (both.kl_sum, both.agree_sum, both.ce_sum, alone.ce_sum, both.tokens)
+        return torch.stack([value.double() for value in row]).cpu()
+
+    found = evaluate.figures_of(sums, batches, bench.tokens)
+    print(
+        f"{held:.2f} GiB in fp8; {found['tokens']:,.0f} tokens: KL {found['kl']:.5f}, top-1 "
+        f"{found['top1_agreement']:.2%}, perplexity {found['teacher_perplexity']:.3f} -> "
+        f"{found['student_perplexity']:.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
