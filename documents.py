@@ -96,7 +96,7 @@ class DocumentEncoder:
             return []
         if self.chat:
             return self._conversation(value)
-        if isinstance(value, bytes):
+        if isinstance(value, bytes | memoryview):
             return itertools.chain(split_long(value, self.boundary), [self.separator])
         if not isinstance(value, str):
             raise BadDocument(f"the column holds {type(value).__name__}, not text")
@@ -240,11 +240,11 @@ def split_text(text: str, boundary: re.Pattern[str] | None) -> Iterator[str]:
         yield text[start:]
 
 
-def split_long(data: bytes, boundary: re.Pattern[str] | None) -> Iterator[str]:
+def split_long(data: bytes | memoryview, boundary: re.Pattern[str] | None) -> Iterator[str]:
     """`split_text` for a long text in UTF-8, of which only a window is decoded at a time."""
     start = 0
     while start < len(data):
-        text = data[start : start + WINDOW].decode(errors="ignore")  # may end inside a character
+        text = str(data[start : start + WINDOW], "utf-8", "ignore")  # may end inside a character
         end = start + len(text.encode())
         if end < len(data) and boundary:
             cuts = list(boundary.finditer(text, max(0, len(text) - LONGEST_PIECE)))

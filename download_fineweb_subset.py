@@ -110,7 +110,7 @@ def rows_after(args: argparse.Namespace, manifest: Manifest) -> Iterator[tuple[s
             if args.on_bad_data == "error":
                 raise value
             continue
-        yield (value.decode() if isinstance(value, bytes) else value), list(position)
+        yield (str(value, "utf-8") if isinstance(value, bytes | memoryview) else value), list(position)
 
 
 def encode_shard(texts: list[str], compression: str) -> bytes:

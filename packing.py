@@ -101,7 +101,7 @@ class StreamedBlocks:
 def _characters(value: Any) -> int:
     if isinstance(value, list):
         return sum(len(str(turn)) for turn in value)
-    return len(value) if isinstance(value, (str, bytes)) else 0
+    return len(value) if isinstance(value, str | bytes | memoryview) else 0
 
 
 class TableBlocks:

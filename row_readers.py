@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from arguments import UserError
 
 END = -1  # as a position's row: nothing is left in this file
@@ -35,7 +37,7 @@ class BadData(UserError):
 class Row(NamedTuple):
     """One row of one column, and the position behind it."""
 
-    value: Any  # the column's value (str, UTF-8 bytes of a long text, list, ... or None), or BadData
+    value: Any  # the column's value (str, list, ... or None; a long text as UTF-8 bytes or a view), or BadData
     row: int
     next_row: int  # END after the last row that can be read
     next_offset: int
@@ -131,6 +133,7 @@ def _parquet_rows(file: TextFile, column: str, row: int, offset: int) -> Iterato
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    pa.set_memory_pool(pa.system_memory_pool())  # gives a long text's memory back to the system at once
     with file.open() as handle:
         try:
             native = pa.OSFile(handle.name) if isinstance(handle, io.FileIO) else handle
@@ -181,7 +184,7 @@ def _array_rows(file: TextFile, array: Any, row: int) -> Iterator[Row]:
         values = [None] * len(array)
     for index, value in enumerate(values):
         if value is None:  # null, invalid or long
-            value = _decoded(file, array[index], row + index)
+            value = _decoded(file, array, index, row + index)
         yield Row(value, row + index, row + index + 1, 0)
 
 
@@ -194,22 +197,25 @@ def _has_long_texts(array: Any) -> bool:
     return (pc.max(pc.binary_length(array)).as_py() or 0) > LONG_TEXT
 
 
-def _decoded(file: TextFile, scalar: Any, row: int) -> Any:
+def _decoded(file: TextFile, array: Any, index: int, row: int) -> Any:
     try:
-        return plain_value(scalar)
+        return plain_value(array, index)
     except UnicodeDecodeError as error:
         return file.bad(f"invalid UTF-8: {error}", row)
 
 
-def plain_value(scalar: Any) -> Any:
-    """An Arrow scalar as Python knows it, a long text as UTF-8 bytes; raises `UnicodeDecodeError`."""
-    buffer = scalar.as_buffer() if hasattr(scalar, "as_buffer") else None
-    if buffer is not None and buffer.size > LONG_TEXT:
-        return check_utf8(buffer.to_pybytes())
-    return scalar.as_py()
+def plain_value(array: Any, index: int) -> Any:
+    """A value of an Arrow array as Python knows it, a long text as UTF-8 in place; raises `UnicodeDecodeError`."""
+    one = array.slice(index, 1)
+    if not _has_long_texts(one):
+        return one[0].as_py()
+    _, offsets, data = one.buffers()  # an Arrow scalar would be a copy of the text
+    width = np.int32 if str(one.type) == "string" else np.int64
+    start, stop = np.frombuffer(offsets, width)[one.offset : one.offset + 2].tolist()
+    return check_utf8(memoryview(data.slice(start, stop - start)).cast("B"))
 
 
-def check_utf8(data: bytes) -> bytes:
+def check_utf8(data: memoryview) -> memoryview:
     """`data` itself; raises `UnicodeDecodeError` unless it is UTF-8. Decodes piece by piece, to save memory."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     for start in range(0, len(data), BUFFER_BYTES):
@@ -385,10 +391,10 @@ def _parsed_long(record: bytes) -> Any:
 
 def _unescaped(record: bytes, start: int, stop: int) -> bytes:
     """The UTF-8 text of a JSON string's inside, cut at spaces, which are in no escape and in no character."""
-    parts = []
+    text = io.BytesIO()  # gives its content out without a copy
     while start < stop:
         end = record.find(b" ", start + BUFFER_BYTES, stop)
         end = stop if end < 0 else end
-        parts.append(json.loads(b'"%b"' % record[start:end]).encode())
+        text.write(json.loads(b'"%b"' % record[start:end]).encode())
         start = end
-    return b"".join(parts)
+    return text.getvalue()

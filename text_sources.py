@@ -278,7 +278,7 @@ class TextTable:
         number = bisect.bisect_right(self.ends, index)
         batch = self.batches[number]
         row = index - self.ends[number] + batch.num_rows
-        value, name, bad = (plain_value(batch.column(i)[row]) for i in range(3))
+        value, name, bad = (plain_value(batch.column(i), row) for i in range(3))
         if bad:
             return BadData(value), name
         return (json.loads(value) if self.chat and value is not None else value), name
@@ -321,8 +321,8 @@ def _stored(value: Any, name: str, chat: bool) -> tuple[str | bytes | None, str,
         return str(value), name, True
     if value is not None and chat:
         return json.dumps(value), name, False
-    if isinstance(value, bytes):
-        return value, name, False
+    if isinstance(value, bytes | memoryview):
+        return bytes(value), name, False
     if value is None or isinstance(value, str):
         try:
             (value or "").encode()

@@ -367,3 +367,43 @@ def test_resume_with_more_documents_than_the_buffer(tokenizer, taken):
     second = loader(source, tokenizer, **options)
     second.load_state_dict(state)
     assert all(same(a, b) for a, b in zip(itertools.islice(second, 50), expected))
+
+
+READ_AND_TELL_PEAK = """
+import re, sys
+from transformers import AutoTokenizer
+from data import SourceSpec, build_loader
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])
+loader = build_loader(SourceSpec(sys.argv[1]), tokenizer, seq_length=8192, batch_size=4, epochs=1, prefetch=8)
+for number, batch in enumerate(loader):
+    if number == 60:
+        break
+peak = re.search("VmHWM:\\\\s*([0-9]+) kB", open("/proc/self/status").read())[1]  # ru_maxrss has the parent's in it
+print(loader.stats["tokens"], int(peak) >> 10)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, most", [("parquet", 300), ("jsonl", 240)])
+def test_a_document_of_100_mb_is_no_memory_spike(tmp_path, tokenizer_dir, documents, kind, most):
+    """Peaks of real processes, in MiB above that of the same text in documents of 40 kB."""
+    text = " ".join(documents)
+    text = (text * (100_000_000 // len(text) + 1))[:100_000_000]
+    peaks = {}
+    for name, rows in {
+        "small": [text[at : at + 40_000] for at in range(0, 8_000_000, 40_000)],
+        "huge": ["a first one", text, "a last one"],
+    }.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        if kind == "parquet":
+            pq.write_table(pa.table({"text": rows}), folder / "a.parquet")
+        else:
+            (folder / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+        command = [sys.executable, "-c", READ_AND_TELL_PEAK, str(folder), str(tokenizer_dir)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+        tokens, peaks[name] = map(int, done.stdout.split())
+        assert tokens > 1_500_000
+    print(kind, peaks)
+    assert peaks["huge"] - peaks["small"] < most
