@@ -100,7 +100,7 @@ def check_inputs(args: argparse.Namespace, student_source: str, ranks: Ranks) ->
 
 
 def settle_parallel(
-    teacher: Any, student: LlambaConfig, args: argparse.Namespace, way: str, free: float, ranks: Ranks
+    teacher: Any, student: LlambaConfig, args: argparse.Namespace, way: str, free: float | None, ranks: Ranks
 ) -> tuple[str, MemoryEstimate]:
     """`way` with auto settled (ddp where a step fits into every rank's `free` bytes, else fsdp), and its estimate."""
     estimated = functools.partial(estimate_memory, teacher, student, args, free)
@@ -108,7 +108,7 @@ def settle_parallel(
         estimate = estimated(replicated=way != "none")
         if way != "auto":
             return way, estimate
-        if not ranks.agree(estimate.needed > free)[0]:
+        if not ranks.agree(free is not None and estimate.needed > free)[0]:
             return "ddp", estimate
     return "fsdp", estimated(ranks.world_size)
 

@@ -278,7 +278,7 @@ class TextTable:
         number = bisect.bisect_right(self.ends, index)
         batch = self.batches[number]
         row = index - self.ends[number] + batch.num_rows
-        value, name, bad = (plain_value(batch.column(i), row) for i in range(3))
+        value, (name, bad) = plain_value(batch.column(0), row), (batch.column(i)[row].as_py() for i in (1, 2))
         if bad:
             return BadData(value), name
         return (json.loads(value) if self.chat and value is not None else value), name

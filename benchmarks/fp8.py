@@ -17,12 +17,11 @@ import torch
 
 import evaluate
 from acceleration import quantise_teacher_fp8
-from losses import chunked_kd_loss
+from losses import KDTerms, chunked_kd_loss
 from model_utils import get_teacher_model, get_tokenizer
 from parallel import Ranks
 from stages import held_out_batches
-from teacher import OwnTeacher
-from trainer import to_device
+from teacher import OwnTeacher, TeacherBackbone
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -39,10 +38,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     bench = parse(argv)
     device = torch.device(bench.device)
-    teachers = [get_teacher_model(bench.teacher, dtype=torch.bfloat16, device=device) for _ in range(2)]
-    held = quantise_teacher_fp8(teachers[1])
-    head = teachers[0].get_output_embeddings().weight
-    exact, coarse = (OwnTeacher(teacher, device) for teacher in teachers)
+    exact, coarse = (get_teacher_model(bench.teacher, dtype=torch.bfloat16, device=device) for _ in range(2))
+    held, student = quantise_teacher_fp8(coarse), TeacherBackbone(coarse)
+    own, head = OwnTeacher(exact, device), exact.get_output_embeddings().weight
     options = [
         "--student",
         "",
@@ -55,13 +53,11 @@ def main(argv: list[str] | None = None) -> None:
     ]
     batches = held_out_batches(evaluate.parse(options), bench.text, get_tokenizer(bench.teacher), Ranks())
 
+    def step(inputs: Any, labels: Any, valid: Any, positions: Any, theirs: Any, scale: Any) -> KDTerms:
+        return chunked_kd_loss(student(inputs, positions), head, theirs, head, labels, valid, grad_scale=scale)
+
     def sums(batch: Any) -> torch.Tensor:
-        here = to_device(batch, device, {}, non_blocking=False)
-        wanted, got = exact.finish(here), coarse.finish(to_device(batch, device, {}, non_blocking=False))
-        both = chunked_kd_loss(got, head, wanted, head, here.labels, here.valid)
-        alone = chunked_kd_loss(wanted, head, None, None, here.labels, here.valid, kl_weight=0.0, ce_weight=1.0)
-        row = (both.kl_sum, both.agree_sum, both.ce_sum, alone.ce_sum, both.tokens)
-        return torch.stack([value.double() for value in row]).cpu()
+        return evaluate.held_out_sums(step, own, head, batch, device)
 
     found = evaluate.figures_of(sums, batches, bench.tokens)
     print(

@@ -11,6 +11,7 @@ torchrun tokens and seconds are those of all ranks; with --teacher_device the te
 """
 
 import argparse
+import functools
 import gc
 import itertools
 import json
@@ -37,10 +38,10 @@ from benchmarks.presets import Preset, preset, step_flops
 from benchmarks.profiling import host_waits, kernel_table
 from data import Batch
 from losses import dense_kd_loss
-from memory import MemoryEstimate, estimate_memory
+from memory import MemoryEstimate
 from model_utils import apply_replacements, as_teacher, freeze, share_frozen_weights, transfer_teacher_weights
 from models import LlambaForCausalLM
-from parallel import Ranks, launched
+from parallel import Ranks, choose_parallel, launched
 from trainer import DeviceBatch, Progress, Services, Stage, run_stage
 from utils import default_dtype
 
@@ -129,11 +130,18 @@ def place(args: argparse.Namespace, models: stages.Models, ranks: Ranks) -> None
 
 
 def ours(
-    args: argparse.Namespace, models: stages.Models, loader: Any, steps: int, clock: Clock, ranks: Ranks, name: str
+    args: argparse.Namespace,
+    models: stages.Models,
+    loader: Any,
+    steps: int,
+    clock: Clock,
+    ranks: Ranks,
+    name: str,
+    layout: str,
 ) -> Stage:
     """The project's own stage, with marks between its parts; those of an alignment are one, "backward"."""
     stages.calibration_tokens = lambda *_: loader.batches[0].tokens[:1, :-1]  # type: ignore[assignment]
-    stage = stages.build_stage(args, name, models, loader, steps, ranks, "none" if ranks.alone else args.parallel)
+    stage = stages.build_stage(args, name, models, loader, steps, ranks, layout)
     if args.update_in_backward and not isinstance(stage.optimizer, UpdateInBackward):
         stage.optimizer = UpdateInBackward(stage.optimizer, stage.grad_clip)  # type: ignore[assignment]
     mark, synchronise, finish = clock.mark, stage.synchronise, stage.finish_gradients
@@ -154,7 +162,7 @@ def ours(
 
 
 def plain(
-    args: argparse.Namespace, models: stages.Models, loader: Any, steps: int, clock: Clock, ranks: Ranks, name: str
+    args: argparse.Namespace, models: stages.Models, loader: Any, steps: int, clock: Clock, ranks: Ranks
 ) -> Stage:
     """What one would write first: all logits in float32, everything of the student its own, bf16 Adam, no compile."""
     models.student.zero_grad(set_to_none=True)
@@ -223,10 +231,11 @@ def measure(
     cuda = device.type == "cuda"
     clock = Clock(device)
     estimate: MemoryEstimate | None = None
+    layout = "none"
     if way == "ours":
         free = torch.cuda.mem_get_info()[0] if cuda else None
-        shards = ranks.world_size if args.parallel == "fsdp" else 1
-        estimate = estimate_memory(sizes.teacher, sizes.student, args, free, shards, args.parallel == "ddp")
+        layout = choose_parallel(args, ranks)
+        layout, estimate = stages.settle_parallel(sizes.teacher, sizes.student, args, layout, free, ranks)
         print("estimate:", estimate.describe(), f"({time.perf_counter() - began:.1f} s)", flush=True)
     models = build_pair(args, sizes, share=way == "ours" and not args.teacher_device)
     flops = step_flops(models.teacher, models.student, args.seq_length)
@@ -240,8 +249,8 @@ def measure(
         row["accelerate_s"] = time.perf_counter() - began - row["build_s"]
     micro_steps = args.grad_accumulation_steps * (bench.warmup + bench.steps)
     loader = SyntheticLoader(args, sizes.teacher.vocab_size, micro_steps, clock)
-    make = ours if way == "ours" else plain
-    stage = make(args, models, loader, bench.warmup + bench.steps, clock, ranks, bench.stage)
+    make = functools.partial(ours, name=bench.stage, layout=layout) if way == "ours" else plain
+    stage = make(args, models, loader, bench.warmup + bench.steps, clock, ranks)
     drive(stage, 1, 1)
     row["first_step_s"] = time.perf_counter() - began
     row["since_start_s"] = since_process_start()

@@ -58,15 +58,19 @@ def hub(repository, tiny_teacher):
         yield server
 
 
+def command(output, **changes):
+    """The flags of a run on the Hub's text."""
+    sources = {"train": "org/text", "conversations": ""}
+    return runs.flags("org/teacher", sources, output, **{**CHANGES, **changes})  # type: ignore[arg-type]
+
+
 @pytest.fixture
 def train(hub, tmp_path_factory, run_script):
     """Run train.py through the Hub; returns the CompletedProcess. Its faults end with the test."""
     shared = tmp_path_factory.getbasetemp() / "hub-home"
 
     def run(output, home=shared, **changes):
-        sources = {"train": "org/text", "conversations": ""}
-        flags = runs.flags("org/teacher", sources, output, **{**CHANGES, **changes})  # type: ignore[arg-type]
-        return run_script("train.py", *flags, env=hub.environment(home))
+        return run_script("train.py", *command(output, **changes), env=hub.environment(home))
 
     yield run
     hub.faults.clear()
@@ -76,9 +80,7 @@ def train(hub, tmp_path_factory, run_script):
 def undisturbed(hub, tmp_path_factory, run_script):
     """The same run over a network without faults, and with caches of its own."""
     output, home = tmp_path_factory.mktemp("undisturbed") / "run", tmp_path_factory.mktemp("home")
-    sources = {"train": "org/text", "conversations": ""}
-    flags = runs.flags("org/teacher", sources, output, **CHANGES)  # type: ignore[arg-type]
-    done = run_script("train.py", *flags, env=hub.environment(home))
+    done = run_script("train.py", *command(output), env=hub.environment(home))
     assert done.returncode == 0, done.stderr[-2000:]
     assert "trying again" not in done.stdout + done.stderr
     return output
