@@ -182,7 +182,7 @@ def build_parser() -> Parser:
     add("--matrix_seq_length", type=whole(2), default=512, help="tokens a sequence in the matrix stage")
     add("--matrix_lr", type=real(0, above=True), default=5e-4, help="highest learning rate of the matrix stage")
     add("--hidden_tokens", type=whole(0), default=0, help="tokens of the hidden stage; 0: off")
-    add("--hidden_lr", type=real(0, above=True), default=5e-4, help="highest learning rate of the hidden stage")
+    add("--hidden_lr", type=real(0, above=True), default=2e-3, help="highest learning rate of the hidden stage")
 
     add = parser.add_argument_group("hardware and speed").add_argument
     add(

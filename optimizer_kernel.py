@@ -1,7 +1,7 @@
 """One AdamW update of blocks with 8-bit moments as a Triton kernel: everything is read and written once.
 
-`optimizer.update_blocks` is its definition. Launched directly, it takes the host a tenth of what a compiled function
-takes, which is called once a matrix: for small matrices the device would wait.
+`optimizer.update_blocks` is its definition, up to the last bits of quotients and roots. A compiled function takes the
+host longer to call than most matrices take the device, so that the device would wait; a kernel does not.
 """
 
 from typing import Any
@@ -41,7 +41,7 @@ def _update_kernel(
     root = part * part * tl.load(v_scale + row, live, 0.0)[:, None]
     first = tl.load(m + at, inside, 0).to(tl.float32) * (RATIO / 127) * root
     first = first * BETA1 + gradient * (1 - BETA1)
-    root = tl.sqrt_rn(root * root * BETA2 + gradient * gradient * (1 - BETA2))
+    root = tl.sqrt(root * root * BETA2 + gradient * gradient * (1 - BETA2))
 
     if SPLIT:
         high = tl.load(weight + at, inside, 0.0).to(tl.int16, bitcast=True).to(tl.int32)
@@ -49,7 +49,7 @@ def _update_kernel(
         master = bits.to(tl.float32, bitcast=True)
     else:
         master = tl.load(weight + at, inside, 0.0)
-    updated = master * shrink - lr * tl.div_rn(first * by_correction1, root * by_root_correction2 + EPS)
+    updated = master * shrink - lr * (first * by_correction1) / (root * by_root_correction2 + EPS)
     if SPLIT:
         bits = updated.to(tl.int32, bitcast=True)
         high = (bits + 0x8000) >> 16
@@ -59,9 +59,9 @@ def _update_kernel(
         tl.store(weight + at, updated, inside)
 
     scale = tl.max(root, 1)
-    ratio = tl.div_rn(first, tl.maximum(root, 1e-30)) * (127 / RATIO)
-    inverse = tl.div_rn(tl.full([ROWS], 1.0, tl.float32), tl.maximum(scale, 1e-37))
-    roots = tl.sqrt_rn(tl.sqrt_rn(root * inverse[:, None])) * 255
+    ratio = first / tl.maximum(root, 1e-30) * (127 / RATIO)
+    inverse = 1.0 / tl.maximum(scale, 1e-37)
+    roots = tl.sqrt(tl.sqrt(root * inverse[:, None])) * 255
     hashed = (root.to(tl.int32, bitcast=True) * -1640531527 >> 16) & 0xFFFF
     dither = (hashed.to(tl.float32) - 32767.5) * (1 / 65536)
     tl.store(m + at, tl.minimum(tl.maximum(_nearest(ratio), -127.0), 127.0).to(tl.int8), inside)
