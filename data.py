@@ -169,7 +169,7 @@ class TextLoader:
         threaded = self.prefetch > 0
         batches: Any
         if threaded:
-            sequences = self.dataset.stream(lambda blocks: Background(pipeline, blocks, depth=1))
+            sequences = self.dataset.stream(lambda items: Background(pipeline, items, depth=1))
             batches = Background(pipeline, self._batches(sequences), self.prefetch, self._asked_to_stop)
         else:
             batches = self._batches(self.dataset.stream())

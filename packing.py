@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from arguments import UserError
-from documents import BadDocument, DocumentEncoder, Segment
+from documents import BadDocument, DocumentEncoder, Segment, ids_of
 from row_readers import BadData
 from text_sources import SourceSpec, TextSource, TextTable, load_table, open_source
 
@@ -130,6 +130,19 @@ class Piece:
     skipped: dict[str, int] = field(default_factory=dict)  # rows passed over before it
 
 
+Tokenised = tuple[list[Piece], list[Any]]  # pieces, and the backend's encodings of those that are text
+
+
+def with_ids(batches: Iterator[Tokenised]) -> Iterator[Piece]:
+    """The pieces one by one, with ids in place of text. Apart from the tokenising, which lets other threads run."""
+    for pieces, encodings in batches:
+        texts = iter(encodings)
+        for piece in pieces:
+            if isinstance(piece.ids, str):
+                piece.ids = ids_of(next(texts))
+            yield piece
+
+
 class PackedTextDataset(IterableDataset):
     """Whole sequences of seq_length + 1 tokens in the global order, usable without a loader.
 
@@ -165,7 +178,7 @@ class PackedTextDataset(IterableDataset):
         """One pass must fill a sequence; reads no further than that, in the files' own order."""
         wanted, found = self.seq_length + 1, 0
         blocks = StreamedBlocks(self.source, self.seed, 0) if self.spec.streaming else self.blocks
-        for piece in self._tokenised(self._pieces(blocks.epoch(Cursor()), Cursor()), 1 << 12):
+        for piece in with_ids(self._tokenised(self._pieces(blocks.epoch(Cursor()), Cursor()), 1 << 12)):
             found += len(piece.ids)
             if found >= wanted:
                 return
@@ -187,10 +200,11 @@ class PackedTextDataset(IterableDataset):
         self.cursor, self.counters = sequence.cursor, sequence.counters
         self.sequences += count
 
-    def stream(self, read_ahead: Callable[[Iterator["Block"]], Iterator["Block"]] = iter) -> Iterator[Sequence]:
-        """Sequences from the state on, without moving it; `read_ahead` may run the reading in the background."""
-        blocks = read_ahead(self._all_blocks(self.cursor))
-        return self._packed(self._tokenised(self._pieces(blocks, self.cursor), MOST_CHARACTERS))
+    def stream(self, ahead: Callable[[Iterator[Any]], Iterator[Any]] = iter) -> Iterator[Sequence]:
+        """Sequences from the state on, without moving it; `ahead` may put reading and tokenising into threads."""
+        blocks = ahead(self._all_blocks(self.cursor))
+        batches = ahead(self._tokenised(self._pieces(blocks, self.cursor), MOST_CHARACTERS))
+        return self._packed(with_ids(batches))
 
     def _all_blocks(self, cursor: Cursor) -> Iterator[Block]:
         while self.epochs is None or cursor.epoch < self.epochs:
@@ -234,7 +248,7 @@ class PackedTextDataset(IterableDataset):
             skipped["skipped_empty"] = skipped.get("skipped_empty", 0) + 1
         return segments
 
-    def _tokenised(self, pieces: Iterator[Piece], most: int) -> Iterator[Piece]:
+    def _tokenised(self, pieces: Iterator[Piece], most: int) -> Iterator[Tokenised]:
         """The pieces with their text tokenised, in batches of a growing number of characters."""
         limit, waiting, characters = min(FIRST_CHARACTERS, most), [], 0
         failure: Exception | None = None
@@ -243,19 +257,17 @@ class PackedTextDataset(IterableDataset):
                 waiting.append(piece)
                 characters += len(piece.ids)
                 if characters >= limit:
-                    yield from self._encoded(waiting)
+                    yield self._encoded(waiting)
                     waiting, characters, limit = [], 0, min(2 * limit, most)
         except Exception as error:  # what came before it is given out first
             failure = error
-        yield from self._encoded(waiting)
+        yield self._encoded(waiting)
         if failure is not None:
             raise failure
 
-    def _encoded(self, pieces: list[Piece]) -> list[Piece]:
-        texts = [piece for piece in pieces if isinstance(piece.ids, str)]
-        for piece, ids in zip(texts, self.encoder.encode([piece.ids for piece in texts])):
-            piece.ids = ids
-        return pieces
+    def _encoded(self, pieces: list[Piece]) -> Tokenised:
+        texts = [piece.ids for piece in pieces if isinstance(piece.ids, str)]
+        return pieces, self.encoder.encode(texts)
 
     def _packed(self, pieces: Iterator[Piece]) -> Iterator[Sequence]:
         """Cut the pieces' tokens into sequences."""

@@ -2,9 +2,11 @@
 
     python benchmarks/data.py --tokenizer FOLDER [--data ../shared/data/fineweb_like/CC-MAIN-2014-49]
 
-Same text, same process, rounds taken in turns: (1) the tokenizer's own batch call on texts in memory, (2) the loader
-over parquet files, (3) the loader over the same text as JSONL.GZ. Then a consumer that takes 15,000 tokens/s, and
-the share of its time that it waits. Run it with two cores: `taskset -c 0,1 python benchmarks/data.py ...`.
+Same text, same process, in turns: the tokenizer's own batch call on texts in memory before and after each pass of the
+loader, over parquet files and over the same text as JSONL.GZ. A pass counts from the first request to the last
+batch, the reading of the first block included; its share is of the mean of the two tokenizer passes beside it. Then
+a consumer that takes 15,000 tokens/s, and the share of its time that it waits. Run it with two cores:
+`taskset -c 0,1 python benchmarks/data.py ...`.
 """
 
 import argparse
@@ -86,22 +88,25 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         write_gzip(Path(scratch), texts)
-        tasks = {
-            "tokenizer alone": lambda: tokenizer_rate(tokenizer, texts),
-            "loader, parquet": lambda: loader_rate(load(args.data)),
-            "loader, jsonl.gz": lambda: loader_rate(load(scratch)),
-        }
-        rates: dict[str, list[float]] = {name: [] for name in tasks}
-        for _ in range(args.rounds):
-            for name, task in tasks.items():
-                rates[name].append(task())
+        folders = {"parquet": args.data, "jsonl.gz": scratch}
         print(f"{len(os.sched_getaffinity(0))} cores, {sum(map(len, texts)):,} characters, {args.rounds} rounds")
-        for name, values in rates.items():
-            share = statistics.median(v / a for v, a in zip(values, rates["tokenizer alone"]))
-            print(f"{name:18} {statistics.median(values):12,.0f} tokens/s   {share:6.1%} of the tokenizer alone")
-        for name, folder in (("parquet", args.data), ("jsonl.gz", scratch)):
+        rates: dict[str, list[float]] = {name: [] for name in folders}
+        shares: dict[str, list[float]] = {name: [] for name in folders}
+        alone = [tokenizer_rate(tokenizer, texts)]
+        for round_number in range(1, args.rounds + 1):
+            for name, folder in folders.items():
+                loader = load(folder)
+                rates[name].append(loader_rate(loader))
+                alone.append(tokenizer_rate(tokenizer, texts))
+                shares[name].append(rates[name][-1] / statistics.mean(alone[-2:]))
+                print(f"round {round_number}, {name:8} {rates[name][-1]:12,.0f} tokens/s {shares[name][-1]:7.1%}")
+        print(f"tokenizer alone {statistics.median(alone):12,.0f} tokens/s ({min(alone):,.0f} to {max(alone):,.0f})")
+        for name in folders:
+            rate, share = statistics.median(rates[name]), statistics.median(shares[name])
+            print(f"loader, {name:8} {rate:11,.0f} tokens/s {share:7.1%} of the tokenizer alone")
+        for name, folder in folders.items():
             first, share = waiting_share(load(folder), 15_000, args.wait_steps)
-            print(f"{name:18} first batch after {first:.2f} s; then waits {share:.3%} of the time at 15,000 tokens/s")
+            print(f"{name:8} first batch after {first:.2f} s; then waits {share:.3%} of the time at 15,000 tokens/s")
 
 
 if __name__ == "__main__":
