@@ -6,6 +6,7 @@ where the block starts, and how far into the block's order, the document and its
 Restoring reads one block again, not the stream. A source that is loaded at once is permuted as a whole.
 """
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -49,10 +50,17 @@ class Sequence:
 
     tokens: torch.Tensor  # int64 [T+1]
     length: int  # real tokens; the rest (only at the end of the last pass) is filled with separators
-    positions: torch.Tensor  # int64 [T+1]: place in the document, from 0 at the sequence's start
+    starts: list[int]  # where its documents begin
     documents: list[str]
     cursor: Cursor
     counters: dict[str, int]
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """int64 [T+1]: place in the document, from 0 at the sequence's start."""
+        starts = np.zeros(len(self.tokens), dtype=np.int64)
+        starts[self.starts] = self.starts
+        return torch.from_numpy(np.arange(len(starts)) - np.maximum.accumulate(starts))
 
 
 def draw_order(count: int, *seed: int) -> np.ndarray:
@@ -202,15 +210,20 @@ class PackedTextDataset(IterableDataset):
 
     def stream(self, ahead: Callable[[Iterator[Any]], Iterator[Any]] = iter) -> Iterator[Sequence]:
         """Sequences from the state on, without moving it; `ahead` may put reading and tokenising into threads."""
-        blocks = ahead(self._all_blocks(self.cursor))
+        blocks = itertools.chain.from_iterable(ahead(self._all_blocks(self.cursor)))
         batches = ahead(self._tokenised(self._pieces(blocks, self.cursor), MOST_CHARACTERS))
         return self._packed(with_ids(batches))
 
-    def _all_blocks(self, cursor: Cursor) -> Iterator[Block]:
+    def _all_blocks(self, cursor: Cursor) -> Iterator[list[Block]]:
+        """One block at a time; the empty one that ends an epoch comes with the next, so that reading stays ahead."""
+        ended: list[Block] = []
         while self.epochs is None or cursor.epoch < self.epochs:
-            yield from self.blocks.epoch(cursor)
+            for block in self.blocks.epoch(cursor):
+                yield [*ended, block]
+                ended = []
             cursor = Cursor(cursor.epoch + 1)
-            yield Block(cursor, [])
+            ended.append(Block(cursor, []))
+        yield ended
 
     def _pieces(self, blocks: Iterator[Block], cursor: Cursor) -> Iterator[Piece]:
         """Segments of the documents in order, from the cursor's segment on, still untokenised."""
@@ -258,7 +271,7 @@ class PackedTextDataset(IterableDataset):
                 characters += len(piece.ids)
                 if characters >= limit:
                     yield self._encoded(waiting)
-                    waiting, characters, limit = [], 0, min(2 * limit, most)
+                    waiting, characters, limit = [], 0, min(4 * limit, most)
         except Exception as error:  # what came before it is given out first
             failure = error
         yield self._encoded(waiting)
@@ -344,9 +357,4 @@ class Draft:
     def finish(self, size: int, cursor: Cursor, counters: dict[str, int], filler: np.ndarray) -> Sequence:
         """The sequence, filled up to `size` tokens."""
         tokens = np.concatenate([*self.parts, np.repeat(filler, size - self.length)]).astype(np.int64)
-        starts = np.zeros(size, dtype=np.int64)
-        starts[self.starts] = self.starts
-        positions = np.arange(size) - np.maximum.accumulate(starts)
-        return Sequence(
-            torch.from_numpy(tokens), self.length, torch.from_numpy(positions), self.names, cursor, counters
-        )
+        return Sequence(torch.from_numpy(tokens), self.length, self.starts, self.names, cursor, counters)
