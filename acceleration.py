@@ -24,7 +24,6 @@ log = logging.getLogger(__name__)
 
 MODES = ("none", "selective", "full")  # of recomputation, cheapest in time first
 FP8 = torch.float8_e4m3fn
-TRIAL_ROWS = 2**16  # of the optimizer's trial: 16 million entries
 FP8_LARGEST = 448.0  # torch.finfo(FP8).max
 # What "selective" keeps of a layer: the results of its projections and of attention, which are dear to compute again.
 # All else (norms, convolution, the state-space operator's small products, gates) is made again in the backward pass.
@@ -281,6 +280,11 @@ class UpdateInBackward:
             handle.remove()
 
 
+def compiles(args: argparse.Namespace) -> bool:
+    """torch.compile is on by default on CUDA and off on the CPU."""
+    return args.device.startswith("cuda") and not args.no_compile
+
+
 def accelerate(args: argparse.Namespace, models: Any, modes: str | Sequence[str]) -> None:
     """Apply checkpointing, the fp8 teacher and compilation to a pair (`stages.Models`), in place.
 
@@ -290,7 +294,7 @@ def accelerate(args: argparse.Namespace, models: Any, modes: str | Sequence[str]
     if args.teacher_fp8:
         check_fp8(models.teacher_device)
         log.info("teacher in fp8: %.2f GiB of matrices", quantise_teacher_fp8(models.teacher))
-    if models.device.type != "cuda" or args.no_compile:
+    if not compiles(args):
         return
     if models.dtype != torch.float32:
         # The only float32 product of a bf16 step mixes chunk states; TF32 keeps more of them than their bf16 sources.
@@ -329,15 +333,11 @@ def trial_step(args: argparse.Namespace, models: Any) -> None:
 
 
 def _try_optimizer(args: argparse.Namespace, student: nn.Module) -> None:
-    """An update of tensors of each kind of block that the student's matrices divide into.
-
-    Of TRIAL_ROWS rows: the compiler tunes its one kernel for all sizes to the first that it sees, and for 64 rows it
-    would take one that needs 44 ms instead of 23 for 3.1e9 parameters on an H100.
-    """
+    """An update of a small tensor of each kind of block that the student's matrices divide into."""
     matrices = [p for p in student.parameters() if p.requires_grad and p.ndim > 1]
     kinds = {(block_length(p) or 64, p.dtype, p.device) for p in matrices}
-    tensors = (torch.zeros(TRIAL_ROWS, width, dtype=dtype, device=device) for width, dtype, device in kinds)
+    tensors = (torch.zeros(2, width, dtype=dtype, device=device) for width, dtype, device in kinds)
     small = nn.ParameterList(tensors)
     for parameter in small:
         parameter.grad = torch.zeros_like(parameter)
-    build_optimizer(args.optimizer, small, lr=args.max_lr, weight_decay=args.weight_decay, compile=True).step()
+    build_optimizer(args.optimizer, small, lr=args.max_lr, weight_decay=args.weight_decay, kernel=True).step()

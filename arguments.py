@@ -205,6 +205,7 @@ def build_parser() -> Parser:
         help="under torchrun: replicate (ddp) or shard (fsdp) the models; auto: replicate where a step fits",
     )
     add("--no_compile", action="store_true", help="run eagerly on CUDA too")
+    add("--no_cuda_graphs", action="store_true", help="launch every kernel of a small pair's step from the host")
     add(
         "--gradient_checkpointing",
         choices=["none", "selective", "full", "auto"],
@@ -260,8 +261,8 @@ def build_parser() -> Parser:
 # gradient_checkpointing and deterministic may change how it is rounded: whoever ran out of memory must be able to go
 # on with more recomputation, so this is allowed, but only the same choice resumes bit for bit.
 FREE_FLAGS = frozenset(
-    "device teacher_device parallel no_compile gradient_checkpointing log_interval log_file wandb wandb_project "
-    "wandb_run_name wandb_entity wandb_mode eval_interval eval_dataset eval_tokens "
+    "device teacher_device parallel no_compile no_cuda_graphs gradient_checkpointing log_interval log_file "
+    "wandb wandb_project wandb_run_name wandb_entity wandb_mode eval_interval eval_dataset eval_tokens "
     "diagnostics_interval sample_interval sample_prompts "
     "output_dir save_interval save_minutes keep_checkpoints resume resume_force resume_step local_files_only "
     "network_patience max_bad_steps deterministic".split()

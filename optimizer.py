@@ -5,7 +5,6 @@ here update an exact float32 master weight instead: `adamw` keeps it whole, `ada
 bf16 weight lacks beside it.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -33,14 +32,14 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def build_optimizer(
-    name: str, module: nn.Module, *, lr: float, weight_decay: float, compile: bool = False
+    name: str, module: nn.Module, *, lr: float, weight_decay: float, kernel: bool = False
 ) -> torch.optim.Optimizer:
     """`adamw` (float32 masters and moments), `adamw8bit` (exact masters, 8-bit moments) or `flashadamw`."""
     groups = parameter_groups(module, weight_decay)
     if name == "adamw":
         return MasterAdamW(groups, lr=lr)
     if name == "adamw8bit":
-        return AdamW8bit(groups, lr=lr, compile=compile)
+        return AdamW8bit(groups, lr=lr, kernel=kernel)
     try:
         from pytorch_optimizer import FlashAdamW
     except ImportError as error:
@@ -163,9 +162,10 @@ class AdamW8bit(MasterAdamW):
     reference's exact update.
     """
 
-    def __init__(self, params: Any, lr: float, compile: bool = False):
+    def __init__(self, params: Any, lr: float, kernel: bool = False):
+        """`kernel`: update by the Triton kernel (`optimizer_kernel`), on CUDA devices."""
         super().__init__(params, lr)
-        self.compile = compile
+        self.kernel = kernel
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -178,31 +178,30 @@ class AdamW8bit(MasterAdamW):
             blocked = [p for p in live if block_length(local(p)) is not None]
             if not blocked:
                 continue
-            device = local(blocked[0]).device
-            scale, found = self._controls(device)
+            scale, found = self._controls(local(blocked[0]).device)
             states = [self._block_state(p) for p in blocked]
             steps = [state["step"] for state in states]
             advance(steps, found)
             scalars = step_scalars(torch.stack(steps), group["lr"], group["weight_decay"], scale)
-            for p, state, row in zip(blocked, states, scalars.unbind()):
-                self._update_blocks(local(p.detach()), local(p.grad), state, row, found)
+            for index, (p, state) in enumerate(zip(blocked, states)):
+                self._update_blocks(local(p.detach()), local(p.grad), state, scalars, index, found)
         return loss
 
     def _update_blocks(
-        self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], scalars: Tensor, found: Tensor
+        self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], scalars: Tensor, index: int, found: Tensor
     ) -> None:
-        block = state["m"].shape[1]
-        flat: list[Any] = [weight.view(-1, block), grad.reshape(-1, block)]
-        flat.append(state["low"].view(-1, block) if "low" in state else flat[0])
-        flat += [state[name] for name in ("m", "v", "v_scale")]
-        if self.compile:
-            for tensor in flat:
-                torch._dynamo.mark_dynamic(tensor, 0)
-            _compiled_update()(*flat, scalars, found)
+        low, m, v, v_scale = state.get("low", weight), state["m"], state["v"], state["v_scale"]
+        if self.kernel:
+            import optimizer_kernel as kernels
+
+            constants = (*BETAS, EPS, RATIO)
+            kernels.update_blocks(weight, grad.contiguous(), low, m, v, v_scale, scalars, index, found, constants)
             return
-        rows = max(1, EAGER_SLICE // block)  # so that the float32 temporaries stay small
-        for start in range(0, flat[0].shape[0], rows):
-            update_blocks(*[*(tensor[start : start + rows] for tensor in flat), scalars, found])
+        weight, grad, low = weight.view(m.shape), grad.reshape(m.shape), low.view(m.shape)
+        size = max(1, EAGER_SLICE // m.shape[1])  # so that the float32 temporaries stay small
+        for start in range(0, len(m), size):
+            rows = slice(start, start + size)
+            update_blocks(weight[rows], grad[rows], low[rows], m[rows], v[rows], v_scale[rows], scalars[index], found)
 
     def _block_state(self, p: nn.Parameter) -> dict[str, Tensor]:
         state = self.state[p]
@@ -229,15 +228,6 @@ def block_length(tensor: Tensor) -> int | None:
         return None
     width = tensor[0].numel()
     return next((n for n in range(min(BLOCK, width), 63, -1) if width % n == 0), None)
-
-
-@functools.cache
-def _compiled_update() -> Callable[..., None]:
-    """One compiled kernel for every shape: only the number of blocks varies, and it alone is marked dynamic.
-
-    With a block's length known, inductor reads and writes everything once, in one kernel without temporaries.
-    """
-    return torch.compile(update_blocks)
 
 
 def advance(steps: list[Tensor], found: Tensor) -> None:
@@ -299,7 +289,7 @@ def encode_moments(first: Tensor, root: Tensor) -> tuple[Tensor, Tensor, Tensor]
     """
     scale = root.amax(-1, keepdim=True)
     ratio = first / root.clamp(min=1e-30) * (127 / RATIO)
-    roots = (root * (1 / scale.clamp(min=1e-38))).sqrt().sqrt() * 255
+    roots = (root * (1 / scale.clamp(min=1e-37))).sqrt().sqrt() * 255
     hashed = (root.view(torch.int32) * -1640531527 >> 16) & 0xFFFF  # Knuth's multiplicative hash
     dither = (hashed.to(torch.float32) - 32767.5) * (1 / 65536)
     return ratio.round().clamp(-127, 127), (roots + dither).round().clamp(0, 255), scale

@@ -13,8 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import parallel
-from acceleration import UpdateInBackward, accelerate
+from acceleration import UpdateInBackward, accelerate, compiles
 from arguments import UserError, auto_layers
+from cuda_graphs import CapturedMicroStep, captures
 from data import SourceSpec, build_loader, estimate_steps_per_epoch
 from initialization import calibrate_mixers, student_config
 from layer_choice import choose_layers
@@ -333,7 +334,7 @@ def build_stage(
         module,
         lr=max_lr,
         weight_decay=args.weight_decay,
-        compile=compiles(args),
+        kernel=compiles(args),
     )
     schedule = build_schedule(
         optimizer,
@@ -361,6 +362,8 @@ def build_stage(
         ranks=ranks,
     )
     stage.ahead = distils and args.kl_weight > 0 and models.hidden_states.ahead
+    if captures(args, models, ranks):
+        stage.micro_step = CapturedMicroStep(stage.micro_step, stage.parameters(), models.device)
     if not ranks.alone:
         synchronise(stage, models, way if distils else "none")
     return stage
@@ -375,11 +378,6 @@ def synchronise(stage: Stage, models: Models, way: str) -> None:
         stage.finish_gradients = lambda: parallel.average_gradients([models.student.lm_head.weight])
     else:
         stage.finish_gradients = lambda: parallel.average_gradients(stage.parameters())
-
-
-def compiles(args: argparse.Namespace) -> bool:
-    """torch.compile is on by default on CUDA and off on the CPU."""
-    return args.device.startswith("cuda") and not args.no_compile
 
 
 def alignment(args: argparse.Namespace, name: str, models: Models) -> tuple[Any, nn.Module]:

@@ -74,6 +74,8 @@ class OwnTeacher:
         return hidden
 
     def _forward(self, batch: DeviceBatch) -> Tensor:
+        if not self.ahead and self.device == self.teacher_device:
+            return self.backbone(batch.inputs, batch.position_ids)
         source = batch.source
         positions = None if source.position_ids is None else source.position_ids.to(self.teacher_device, **LATER)
         return self.backbone(source.tokens.to(self.teacher_device, **LATER)[:, :-1], positions)

@@ -41,7 +41,7 @@ def build_parameters(preset: str, device: str, dtype: torch.dtype) -> nn.Paramet
     return parameters
 
 
-def build_step(way: str, module: nn.ParameterList, compile: bool) -> tuple[Callable[[], Any], Any]:
+def build_step(way: str, module: nn.ParameterList, kernel: bool) -> tuple[Callable[[], Any], Any]:
     """(one step, its optimizer) of a way."""
     parameters = list(module)
     if way == "norm alone":
@@ -50,7 +50,7 @@ def build_step(way: str, module: nn.ParameterList, compile: bool) -> tuple[Calla
     if way.startswith("torch"):
         optimizer = torch.optim.AdamW(parameter_groups(module, 0.1), lr=1e-5, betas=BETAS, fused=True)
         return optimizer.step, optimizer
-    optimizer = build_optimizer(way, module, lr=1e-5, weight_decay=0.1, compile=compile)
+    optimizer = build_optimizer(way, module, lr=1e-5, weight_decay=0.1, kernel=kernel)
     return lambda: clip_and_step(optimizer, parameters, 1.0), optimizer
 
 
@@ -65,7 +65,7 @@ def measure(way: str, args: argparse.Namespace) -> dict[str, Any]:
     dtype = torch.float32 if way == "torch_fp32" else torch.bfloat16
     module = build_parameters(args.preset, args.device, dtype)
     total = sum(p.numel() for p in module)
-    step, optimizer = build_step(way, module, compile=args.device != "cpu")
+    step, optimizer = build_step(way, module, kernel=args.device != "cpu")
     step()  # compiles, and makes the state
     row: dict[str, Any] = {"way": way, "parameters": total, "ms": milliseconds(step, args.device, args.repeats)}
     return row | {"bytes": state_bytes(optimizer) / total, "extra_gib": extra_peak(step, args.device)}

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 import stages
-from acceleration import UpdateInBackward, accelerate, set_activation_checkpointing
+from acceleration import UpdateInBackward, accelerate, compiles, set_activation_checkpointing
 from arguments import parse_arguments
 from benchmarks.presets import Preset, preset, step_flops
 from benchmarks.profiling import host_waits, kernel_table
@@ -279,7 +279,7 @@ def measure(
         "flops_per_token": flops,
         "losses": [line["train/loss"] for line in figures],
         "bad_steps": figures[-1]["train/bad_steps"],
-        "compiled": way == "ours" and stages.compiles(args),
+        "compiled": way == "ours" and compiles(args),
     }
     if cuda:
         row["peak_gib"] = torch.cuda.max_memory_allocated() / GIB

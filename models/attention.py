@@ -42,9 +42,12 @@ class AttentionInputs:
         layers: Sequence[int] = (0,),
     ):
         self.config = config
+        plain = attention_mask is None and cache is None and position_ids is None
         makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
         self.masks = {
-            kind: makers[kind](
+            kind: None
+            if plain and kind == "full_attention" and config._attn_implementation == "sdpa"  # which knows "causal"
+            else makers[kind](
                 config=config,
                 inputs_embeds=hidden,
                 attention_mask=attention_mask,

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .attention import AttentionInputs, attention_module, attention_parts
+from .cache import MixerState
 from .configuration_llamba import LlambaConfig
 from .state_space import decay_dtype, ssd_chunked, ssd_step
 
@@ -30,49 +31,6 @@ __all__ = [
 ]
 
 CONV_WIDTH = 4
-
-
-class MixerState(CacheLayerMixin):
-    """A mixer's constant-size cache: `keys` the last K-1 inputs of the convolution, `values` the state.
-
-    Held under the names that transformers' cache layers use, so that reordering (beam search), offloading and
-    resetting are transformers' own.
-    """
-
-    keys: Any
-    values: Any
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cumulative_length = 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys, self.values, self.is_initialized = key_states, value_states, True
-        self.dtype, self.device = key_states.dtype, key_states.device
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Replace the convolution's inputs [b, K-1, I+2GN] and the state [b, H, N, P]."""
-        self.lazy_initialization(key_states, value_states)
-        return key_states, value_states
-
-    def get_seq_length(self, *args: Any) -> int:
-        return self.cumulative_length
-
-    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        length = query_length if isinstance(query_length, int) else query_length.shape[0]
-        return self.cumulative_length + length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        return -1
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.batch_select_indices(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.keys, self.values = (state[indices.to(state.device)] for state in (self.keys, self.values))
 
 
 class LlambaRMSNorm(nn.Module):
@@ -129,7 +87,7 @@ class LlambaMixer(nn.Module):
 
         u [b, t, d]; resets bool [b, t]; mask [b, t] is 0 at padding; past [b, K-1, I+2GN] precedes the sequence.
         """
-        xBC, z, A_log = self.in_proj(u).split([self.d_conv, self.d_inner, self.n_v_heads], dim=-1)
+        xBC, z, A_log = self._project_in(u)
         if mask is not None:
             xBC = xBC * mask[..., None].to(xBC.dtype)
         padded = F.pad(xBC, (0, 0, CONV_WIDTH - 1, 0)) if past is None else torch.cat((past, xBC), dim=1)
@@ -141,6 +99,21 @@ class LlambaMixer(nn.Module):
         x = x.unflatten(-1, (self.n_v_heads, self.d_head))
         B, C = (part.unflatten(-1, (self.n_qk_heads, self.d_state)) for part in (B, C))
         return x, B, C, A_log, z, padded
+
+    def _project_in(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """in_proj's xBC [b, t, I+2GN], z [b, t, I] and A_log [b, t, H].
+
+        Rows that are no multiple of 8 would make every product with them slow: they are filled up with zeros.
+        """
+        weight: Tensor = self.in_proj.weight
+        bias: Tensor | None = self.in_proj.bias
+        fill = -weight.shape[0] % 8
+        if fill:
+            weight = F.pad(weight, (0, 0, 0, fill))
+            bias = None if bias is None else F.pad(bias, (0, fill))
+        projected = F.linear(u, weight, bias) if fill else self.in_proj(u)
+        xBC, z, A_log, _ = projected.split([self.d_conv, self.d_inner, self.n_v_heads, fill], dim=-1)
+        return xBC, z, A_log
 
     def _convolve(self, padded: Tensor, t: int, resets: Tensor | None) -> Tensor:
         """Causal depthwise convolution as K shifted products, which compile into one kernel with what surrounds it.

@@ -37,7 +37,8 @@ DEFAULTS = {
     "seed": 42, "attn_implementation": "sdpa", "resume": "auto", "resume_force": False, "keep_checkpoints": 2,
     "save_minutes": 30.0, "max_bad_steps": 10, "on_bad_data": "error", "network_patience": 600.0, "eval_interval": 0,
     "eval_dataset": "", "matrix_tokens": 0, "hidden_tokens": 0, "matrix_seq_length": 512,
-    "gradient_checkpointing": "auto", "no_compile": False, "teacher_fp8": False, "document_reset": False,
+    "gradient_checkpointing": "auto", "no_compile": False, "no_cuda_graphs": False, "teacher_fp8": False,
+    "document_reset": False,
 }  # fmt: skip
 
 

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from optimizer import (
+    BETAS,
+    EPS,
     RATIO,
     AdamW8bit,
     block_length,
@@ -17,6 +19,8 @@ from optimizer import (
     join_master,
     parameter_groups,
     split_master,
+    step_scalars,
+    update_blocks,
 )
 
 
@@ -233,17 +237,48 @@ def test_schedule_step_by_step(case):
     assert rates == pytest.approx(TABLES[case], rel=1e-5)
 
 
+def blocks(shape, dtype, device="cuda"):
+    """A weight, its low half, codes and scales at the start, as `update_blocks` takes them."""
+    weight = (0.02 * torch.randn(shape, device=device)).to(dtype)
+    low = torch.zeros(shape, dtype=torch.int16, device=device) if dtype == torch.bfloat16 else weight
+    codes = [torch.zeros(shape, dtype=kind, device=device) for kind in (torch.int8, torch.uint8)]
+    return [weight, low, *codes, torch.zeros(shape[0], 1, device=device)]
+
+
 @pytest.mark.gpu
-def test_compiled_blocks_equal_eager_ones():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(37, 192), (16, 256), (5, 64), (1, 144)])
+def test_the_kernel_is_its_definition(dtype, shape):
+    import optimizer_kernel
+
+    wanted = blocks(shape, dtype)
+    given = [tensor.clone() for tensor in wanted]
+    if dtype == torch.float32:
+        given[1] = given[0]
+    scalars = step_scalars(torch.tensor([9.0, 1.0], device="cuda"), 1e-3, 0.1, torch.tensor(1.7, device="cuda"))
+    for found in (torch.ones((), device="cuda"), torch.zeros((), device="cuda")):  # skipped, then done
+        before = [tensor.clone() for tensor in given]
+        grad = torch.randn(shape, device="cuda")
+        update_blocks(wanted[0], grad, *wanted[1:], scalars[1], found)
+        optimizer_kernel.update_blocks(given[0], grad, *given[1:], scalars, 1, found, (*BETAS, EPS, RATIO))
+        assert all(torch.equal(a, b) for a, b in zip(before, given)) == bool(found)
+    weights = [join_master(x[0], x[1]) if dtype == torch.bfloat16 else x[0] for x in (wanted, given)]
+    assert (weights[0] - weights[1]).abs().max() < 1e-8
+    assert all((a.int() - b.int()).abs().max() <= 1 for a, b in zip(wanted[2:4], given[2:4]))  # a last bit's rounding
+    assert torch.allclose(wanted[4], given[4], rtol=1e-6, atol=0)
+
+
+@pytest.mark.gpu
+def test_kernel_steps_equal_eager_ones():
     module = nn.Linear(512, 300, bias=False, dtype=torch.bfloat16, device="cuda")
     start, twin = module.weight.detach().float(), copy.deepcopy(module)
     eager = AdamW8bit(parameter_groups(module, 0.1), lr=1e-3)
-    compiled = AdamW8bit(parameter_groups(twin, 0.1), lr=1e-3, compile=True)
+    kernel = AdamW8bit(parameter_groups(twin, 0.1), lr=1e-3, kernel=True)
     for _ in range(5):
         module.weight.grad = torch.randn_like(module.weight)
         twin.weight.grad = module.weight.grad.clone()
         eager.step()
-        compiled.step()
-    ours, theirs = compiled.master_weights()[twin.weight], eager.master_weights()[module.weight]
+        kernel.step()
+    ours, theirs = kernel.master_weights()[twin.weight], eager.master_weights()[module.weight]
     # a last bit of the moments decides how their codes are rounded, so the two differ by a few codes
     assert (ours - theirs).norm() / (theirs - start).norm() < 1e-2
