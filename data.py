@@ -169,7 +169,7 @@ class TextLoader:
         threaded = self.prefetch > 0
         batches: Any
         if threaded:
-            sequences = self.dataset.stream(lambda blocks: Background(pipeline, blocks, depth=1))
+            sequences = self.dataset.stream(lambda items: Background(pipeline, items, depth=1))
             batches = Background(pipeline, self._batches(sequences), self.prefetch, self._asked_to_stop)
         else:
             batches = self._batches(self.dataset.stream())
@@ -201,12 +201,14 @@ class TextLoader:
         real = [row or filler for row in rows]
         lengths = torch.tensor([row.length if row else 0 for row in rows])
         tokens = torch.stack([row.tokens for row in real])
-        positions = torch.stack([row.positions for row in real])
         valid = torch.arange(1, tokens.shape[1]) < lengths[:, None]
+        inputs_positions = None
         if self.document_reset:
+            positions = torch.stack([row.positions for row in real])
             valid &= positions[:, 1:] != 0
+            inputs_positions = positions[:, :-1].contiguous()
         names = list(dict.fromkeys(name for row in rows if row for name in row.documents))
-        return Batch(tokens, valid, positions[:, :-1].contiguous() if self.document_reset else None, names)
+        return Batch(tokens, valid, inputs_positions, names)
 
     def close(self) -> None:
         """Stop the background threads; the state stays, and iterating again goes on from it."""

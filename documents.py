@@ -28,7 +28,6 @@ STRIPPED = (lambda text: text, str.strip, str.rstrip, str.lstrip)  # what templa
 LETTER = r"[^\W\d_]"
 KEEP_SPACE = re.compile(rf"(?<={LETTER})(?=[ \n]{LETTER})")
 DROP_SPACE = re.compile(rf"(?<={LETTER}) (?={LETTER})")
-SURROGATE = re.compile("[\ud800-\udfff]")  # UTF-16 halves, which JSON can smuggle in and UTF-8 cannot hold
 PROBE = (
     "It's well-known that, e.g., 3.14159 isn't 22/7 (really!), and we'll\nsee  why:\n\n\tfor x in range(10):\n"
     "        print(x)\nThe naïve café in Zürich «привет мир» sells 1,000 crêpes a day… 中文 字符 and naught\n"
@@ -104,17 +103,15 @@ class DocumentEncoder:
             return []
         return itertools.chain(self._pieces(value), [self.separator])
 
-    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids (int32) of plain texts, without special tokens."""
-        if not texts:
-            return []
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+    def encode(self, texts: Sequence[str]) -> list[Any]:
+        """The backend's encodings of plain texts, without special tokens, for `ids_of`."""
+        return self.backend.encode_batch_fast(list(texts), add_special_tokens=False) if texts else []
 
     def _pieces(self, text: str) -> Iterator[str]:
-        found = None if text.isascii() else SURROGATE.search(text)
-        if found:
-            raise BadDocument(f"invalid Unicode: half a surrogate pair at character {found.start()}")
+        try:
+            _ = text.isascii() or text.encode()
+        except UnicodeEncodeError as error:  # UTF-16 halves, which JSON can smuggle in and UTF-8 cannot hold
+            raise BadDocument(f"invalid Unicode: half a surrogate pair at character {error.start}") from error
         return split_text(text, self.boundary)
 
     def _conversation(self, turns: Any) -> list[Segment]:
@@ -164,6 +161,11 @@ class DocumentEncoder:
         if len(ids) > 1 and ids[0] == ids[1] == bos:
             del ids[0]
         return np.array(ids, dtype=np.int32)
+
+
+def ids_of(encoding: Any) -> np.ndarray:
+    """Token ids (int32) of one of the backend's encodings."""
+    return np.fromiter(encoding.ids, dtype=np.int32, count=len(encoding))
 
 
 def read_turns(turns: Any) -> list[dict[str, str]]:

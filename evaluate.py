@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from arguments import Parser, UserError, check_folder_writable, complain, device, real, whole
+from hub_files import DataStreamLost
 
 MOST_PAIRS = 306  # different names in `recall.phone_book`
 
@@ -49,6 +50,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     attention = ["sdpa", "eager", "flash_attention_2"]
     add("--attn_implementation", choices=attention, default="sdpa", help="attention of the teacher and of a hybrid")
     add("--local_files_only", action="store_true", help="read from the caches alone")
+    add("--network_patience", type=real(0), default=600.0, help="seconds to ride out a network fault")
     add(
         "--output_dir", default="", help="where evaluation.json and evaluation.png go (default: the student's folder)"
     )
@@ -283,6 +285,7 @@ def own_figures(args: argparse.Namespace) -> dict[str, Any]:
     """Held-out figures, recall and speed: text and sizes are looked at before any weight is loaded."""
     import torch
 
+    from model_files import fetch_model
     from model_utils import (
         check_pair,
         check_teacher_config,
@@ -297,7 +300,9 @@ def own_figures(args: argparse.Namespace) -> dict[str, Any]:
     from utils import check_device
 
     where = check_device(args.device)
-    local: dict[str, Any] = dict(local_files_only=args.local_files_only)
+    for flag, name in (("--teacher", args.teacher), ("--student", args.student)):
+        fetch_model(flag, name, weights=True, patience=args.network_patience, offline=args.local_files_only)
+    local: dict[str, Any] = dict(local_files_only=True)
     teacher_config = load_config(args.teacher, **local)
     check_teacher_config(teacher_config, args.teacher)
     check_pair(load_config(args.student, config_class=LlambaConfig, **local), teacher_config, args.student)
@@ -326,6 +331,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         complain(str(error))
         return 2
+    except DataStreamLost as error:
+        complain(str(error))
+        return 4
     print_table(report)
     output.mkdir(parents=True, exist_ok=True)
     (output / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")

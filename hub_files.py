@@ -201,7 +201,7 @@ class HubFile(io.RawIOBase):
         if response.status_code == 416 and start == 0:  # an empty file has no range
             self._size = 0
             return b""
-        _raise_for_access(lambda: hf_raise_for_status(response), self.what)
+        raise_for_access(lambda: hf_raise_for_status(response), self.what)
         data = response.content
         if response.status_code == 200:  # the server passed over the range and sent the whole file
             self._size = len(data)
@@ -212,7 +212,8 @@ class HubFile(io.RawIOBase):
         return data
 
 
-def _raise_for_access(check: Callable[[], Any], what: str) -> None:
+def raise_for_access(check: Callable[[], Any], what: str) -> None:
+    """`check()`, with a repository that is not there or may not be read as a `UserError` that begins with `what`."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
@@ -220,7 +221,7 @@ def _raise_for_access(check: Callable[[], Any], what: str) -> None:
     except GatedRepoError as error:
         raise gated(what) from error
     except RepositoryNotFoundError as error:
-        raise UserError(f"{what}: not found on the Hub, or private: {HOW_TO_LOG_IN}") from error
+        raise UserError(f"{what}: not found on the Hub: check the name; if it is private, {HOW_TO_LOG_IN}") from error
 
 
 HOW_TO_LOG_IN = "get a token at huggingface.co/settings/tokens and run `hf auth login` or set HF_TOKEN"

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from arguments import UserError, auto_layers
 from folder_checks import check_folder
+from hub_files import gated
 from models import LlambaConfig, LlambaForCausalLM
 from models.modeling_llamba import AttentionInputs
 
@@ -53,7 +54,7 @@ DROPPED = tuple(
 
 def load_config(name: str, *, config_class: Any = AutoConfig, local_files_only: bool = False) -> Any:
     """The configuration of a hub id or local folder; a `UserError` names what is missing."""
-    _require_model_folder(name)
+    require_model_folder(name)
     try:
         return config_class.from_pretrained(name, local_files_only=local_files_only)
     except (OSError, ValueError) as error:
@@ -145,7 +146,7 @@ def get_student_model(
         from initialization import student_from_teacher
 
         return student_from_teacher(teacher, dtype=dtype, device=device)
-    _require_model_folder(name)
+    require_model_folder(name)
     try:
         options: dict[str, Any] = dict(attn_implementation=attn_implementation, local_files_only=local_files_only)
         student = LlambaForCausalLM.load(name, dtype=dtype, **options)
@@ -317,7 +318,8 @@ def _pattern(name: str) -> tuple[str, int | None]:
     return name.replace(f".layers.{match[1]}.", ".layers.{i}.", 1), int(match[1])
 
 
-def _require_model_folder(name: str) -> None:
+def require_model_folder(name: str) -> None:
+    """Raise a `UserError` for a path without a sound model folder; a hub id passes."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         check_folder(folder)
@@ -331,13 +333,21 @@ def _require_model_folder(name: str) -> None:
         raise UserError(f"model folder {name} has no weights (model.safetensors or pytorch_model.bin)")
 
 
+def _cached_config(name: str) -> bool:
+    """Whether the Hub's cache holds something of a model, so that it is not its absence that is to be told."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError:  # no name of a model
+        return False
+
+
 def _load_failure(what: str, name: str, local_files_only: bool, error: BaseException) -> str:
     text = " ".join(str(error).split())
-    if "gated" in text.lower() or "401" in text or "403" in text:
-        return (
-            f"{what} of {name}: the repository is gated; accept its licence on its page and log in with "
-            "'hf auth login' or set HF_TOKEN"
-        )
-    if local_files_only and not Path(name).is_dir():
+    if local_files_only and not Path(name).is_dir() and not _cached_config(name):
         return f"{what} of {name} is not in the cache, and --local_files_only forbids a download"
+    if not local_files_only and "gated" in text.lower():
+        return str(gated(name))
     return f"{what} of {name} cannot be loaded: {text[:500]}"

@@ -6,6 +6,7 @@ where the block starts, and how far into the block's order, the document and its
 Restoring reads one block again, not the stream. A source that is loaded at once is permuted as a whole.
 """
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +18,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from arguments import UserError
-from documents import BadDocument, DocumentEncoder, Segment
+from documents import BadDocument, DocumentEncoder, Segment, ids_of
 from row_readers import BadData
 from text_sources import SourceSpec, TextSource, TextTable, load_table, open_source
 
@@ -49,10 +50,17 @@ class Sequence:
 
     tokens: torch.Tensor  # int64 [T+1]
     length: int  # real tokens; the rest (only at the end of the last pass) is filled with separators
-    positions: torch.Tensor  # int64 [T+1]: place in the document, from 0 at the sequence's start
+    starts: list[int]  # where its documents begin
     documents: list[str]
     cursor: Cursor
     counters: dict[str, int]
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """int64 [T+1]: place in the document, from 0 at the sequence's start."""
+        starts = np.zeros(len(self.tokens), dtype=np.int64)
+        starts[self.starts] = self.starts
+        return torch.from_numpy(np.arange(len(starts)) - np.maximum.accumulate(starts))
 
 
 def draw_order(count: int, *seed: int) -> np.ndarray:
@@ -130,6 +138,19 @@ class Piece:
     skipped: dict[str, int] = field(default_factory=dict)  # rows passed over before it
 
 
+Tokenised = tuple[list[Piece], list[Any]]  # pieces, and the backend's encodings of those that are text
+
+
+def with_ids(batches: Iterator[Tokenised]) -> Iterator[Piece]:
+    """The pieces one by one, with ids in place of text. Apart from the tokenising, which lets other threads run."""
+    for pieces, encodings in batches:
+        texts = iter(encodings)
+        for piece in pieces:
+            if isinstance(piece.ids, str):
+                piece.ids = ids_of(next(texts))
+            yield piece
+
+
 class PackedTextDataset(IterableDataset):
     """Whole sequences of seq_length + 1 tokens in the global order, usable without a loader.
 
@@ -165,7 +186,7 @@ class PackedTextDataset(IterableDataset):
         """One pass must fill a sequence; reads no further than that, in the files' own order."""
         wanted, found = self.seq_length + 1, 0
         blocks = StreamedBlocks(self.source, self.seed, 0) if self.spec.streaming else self.blocks
-        for piece in self._tokenised(self._pieces(blocks.epoch(Cursor()), Cursor()), 1 << 12):
+        for piece in with_ids(self._tokenised(self._pieces(blocks.epoch(Cursor()), Cursor()), 1 << 12)):
             found += len(piece.ids)
             if found >= wanted:
                 return
@@ -187,16 +208,22 @@ class PackedTextDataset(IterableDataset):
         self.cursor, self.counters = sequence.cursor, sequence.counters
         self.sequences += count
 
-    def stream(self, read_ahead: Callable[[Iterator["Block"]], Iterator["Block"]] = iter) -> Iterator[Sequence]:
-        """Sequences from the state on, without moving it; `read_ahead` may run the reading in the background."""
-        blocks = read_ahead(self._all_blocks(self.cursor))
-        return self._packed(self._tokenised(self._pieces(blocks, self.cursor), MOST_CHARACTERS))
+    def stream(self, ahead: Callable[[Iterator[Any]], Iterator[Any]] = iter) -> Iterator[Sequence]:
+        """Sequences from the state on, without moving it; `ahead` may put reading and tokenising into threads."""
+        blocks = itertools.chain.from_iterable(ahead(self._all_blocks(self.cursor)))
+        batches = ahead(self._tokenised(self._pieces(blocks, self.cursor), MOST_CHARACTERS))
+        return self._packed(with_ids(batches))
 
-    def _all_blocks(self, cursor: Cursor) -> Iterator[Block]:
+    def _all_blocks(self, cursor: Cursor) -> Iterator[list[Block]]:
+        """One block at a time; the empty one that ends an epoch comes with the next, so that reading stays ahead."""
+        ended: list[Block] = []
         while self.epochs is None or cursor.epoch < self.epochs:
-            yield from self.blocks.epoch(cursor)
+            for block in self.blocks.epoch(cursor):
+                yield [*ended, block]
+                ended = []
             cursor = Cursor(cursor.epoch + 1)
-            yield Block(cursor, [])
+            ended.append(Block(cursor, []))
+        yield ended
 
     def _pieces(self, blocks: Iterator[Block], cursor: Cursor) -> Iterator[Piece]:
         """Segments of the documents in order, from the cursor's segment on, still untokenised."""
@@ -234,7 +261,7 @@ class PackedTextDataset(IterableDataset):
             skipped["skipped_empty"] = skipped.get("skipped_empty", 0) + 1
         return segments
 
-    def _tokenised(self, pieces: Iterator[Piece], most: int) -> Iterator[Piece]:
+    def _tokenised(self, pieces: Iterator[Piece], most: int) -> Iterator[Tokenised]:
         """The pieces with their text tokenised, in batches of a growing number of characters."""
         limit, waiting, characters = min(FIRST_CHARACTERS, most), [], 0
         failure: Exception | None = None
@@ -243,19 +270,17 @@ class PackedTextDataset(IterableDataset):
                 waiting.append(piece)
                 characters += len(piece.ids)
                 if characters >= limit:
-                    yield from self._encoded(waiting)
-                    waiting, characters, limit = [], 0, min(2 * limit, most)
+                    yield self._encoded(waiting)
+                    waiting, characters, limit = [], 0, min(4 * limit, most)
         except Exception as error:  # what came before it is given out first
             failure = error
-        yield from self._encoded(waiting)
+        yield self._encoded(waiting)
         if failure is not None:
             raise failure
 
-    def _encoded(self, pieces: list[Piece]) -> list[Piece]:
-        texts = [piece for piece in pieces if isinstance(piece.ids, str)]
-        for piece, ids in zip(texts, self.encoder.encode([piece.ids for piece in texts])):
-            piece.ids = ids
-        return pieces
+    def _encoded(self, pieces: list[Piece]) -> Tokenised:
+        texts = [piece.ids for piece in pieces if isinstance(piece.ids, str)]
+        return pieces, self.encoder.encode(texts)
 
     def _packed(self, pieces: Iterator[Piece]) -> Iterator[Sequence]:
         """Cut the pieces' tokens into sequences."""
@@ -332,9 +357,4 @@ class Draft:
     def finish(self, size: int, cursor: Cursor, counters: dict[str, int], filler: np.ndarray) -> Sequence:
         """The sequence, filled up to `size` tokens."""
         tokens = np.concatenate([*self.parts, np.repeat(filler, size - self.length)]).astype(np.int64)
-        starts = np.zeros(size, dtype=np.int64)
-        starts[self.starts] = self.starts
-        positions = np.arange(size) - np.maximum.accumulate(starts)
-        return Sequence(
-            torch.from_numpy(tokens), self.length, torch.from_numpy(positions), self.names, cursor, counters
-        )
+        return Sequence(torch.from_numpy(tokens), self.length, self.starts, self.names, cursor, counters)

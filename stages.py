@@ -20,6 +20,7 @@ from data import SourceSpec, build_loader, estimate_steps_per_epoch
 from initialization import calibrate_mixers, student_config
 from layer_choice import choose_layers
 from memory import GIB, MemoryEstimate, estimate_memory
+from model_files import fetch_models
 from model_utils import (
     FROM_TEACHER,
     apply_replacements,
@@ -74,8 +75,8 @@ class Inputs:
 
 def check_inputs(args: argparse.Namespace, student_source: str, ranks: Ranks) -> Inputs:
     """What can be wrong with the models, found from their configurations alone, and what they will take."""
-    local = args.local_files_only
-    teacher = load_config(args.teacher_model, local_files_only=local)
+    fetch_models(args, student_source)
+    teacher = load_config(args.teacher_model, local_files_only=True)
     check_teacher_config(teacher, args.teacher_model)
     longest = teacher.max_position_embeddings
     lengths = {"seq_length": args.seq_length}
@@ -87,7 +88,7 @@ def check_inputs(args: argparse.Namespace, student_source: str, ranks: Ranks) ->
     if student_source == FROM_TEACHER:
         student = student_config(teacher)
     else:
-        student = load_config(student_source, config_class=LlambaConfig, local_files_only=local)
+        student = load_config(student_source, config_class=LlambaConfig, local_files_only=True)
         check_pair(student, teacher, student_source)
     check_layers(args.layers, teacher.num_hidden_layers)
     way, estimate = parallel.choose_parallel(args, ranks), None
@@ -97,7 +98,7 @@ def check_inputs(args: argparse.Namespace, student_source: str, ranks: Ranks) ->
         log.info("estimated peak of a step: %s; free %.1f of %.1f GiB", estimate.describe(), free / GIB, total / GIB)
     if way in ("ddp", "fsdp"):
         log.info("%d ranks, %s", ranks.world_size, "replicated" if way == "ddp" else "sharded")
-    return Inputs(get_tokenizer(args.teacher_model, local_files_only=local), estimate, way)
+    return Inputs(get_tokenizer(args.teacher_model, local_files_only=True), estimate, way)
 
 
 def settle_parallel(
@@ -118,7 +119,8 @@ def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, 
     """Load the pair and do the surgery, unless the student is a checkpoint that already had it."""
     (device, teacher_device), tokenizer = devices, inputs.tokenizer
     dtype = getattr(torch, args.dtype)
-    options = dict(attn_implementation=args.attn_implementation, local_files_only=args.local_files_only)
+    fetch_models(args, student_source, weights=True)
+    options = dict(attn_implementation=args.attn_implementation, local_files_only=True)
     teacher = get_teacher_model(args.teacher_model, dtype=dtype, device=teacher_device, **options)
     parameter_dtype = torch.float32 if dtype == torch.float16 else dtype
     student = get_student_model(student_source, teacher, dtype=parameter_dtype, device=device, **options)
@@ -237,9 +239,6 @@ def source_spec(args: argparse.Namespace, name: str) -> SourceSpec:
             name=args.second_dataset_name,
             split=args.second_dataset_split,
             text_field=args.second_dataset_text_field,
-            subset="",
-            revision=None,
-            streaming=True,
             **shared,
         )
     return SourceSpec(
@@ -275,11 +274,10 @@ def held_out_batches(args: argparse.Namespace, name: str, tokenizer: Any, ranks:
         name=name,
         subset=args.dataset_subset,
         split=args.dataset_split,
-        revision=None,
         text_field=args.dataset_text_field,
-        streaming=True,
         shuffle_buffer=0,
         local_files_only=args.local_files_only,
+        network_patience=args.network_patience,
     )
     return build_loader(
         spec,

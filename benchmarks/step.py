@@ -6,8 +6,9 @@ Both models are built from configurations with random weights; the step is `trai
 python benchmarks/step.py --preset 8b --freeze_mlp --plain --seq_length 4096 8192 --json step.jsonl
 torchrun --standalone --nproc_per_node=2 benchmarks/step.py --preset 8b --freeze_mlp --parallel fsdp
 python benchmarks/step.py --preset 8b --stage hidden
-Flags that are not listed by --help go to train.py's parser, such as --gradient_checkpointing or --optimizer. Under
-torchrun tokens and seconds are those of all ranks; with --teacher_device the teacher's part is what is waited for.
+Flags that are not listed by --help go to train.py's parser, such as --gradient_checkpointing or --optimizer; with
+--document_reset each shape is run without it and with it, on documents of 100 to 900 tokens. Under torchrun tokens
+and seconds are those of all ranks; with --teacher_device the teacher's part is what is waited for.
 """
 
 import argparse
@@ -46,6 +47,7 @@ from trainer import DeviceBatch, Progress, Services, Stage, run_stage
 from utils import default_dtype
 
 GIB = 2**30
+RESET = "ours, --document_reset"
 PARTS = ("data", "teacher", "student", "loss", "backward", "optimizer")
 
 
@@ -88,8 +90,10 @@ class SyntheticLoader:
         rows = [torch.randint(0, vocabulary, shape, generator=generator) for _ in range(min(4, micro_steps))]
         valid = torch.ones(args.batch_size, args.seq_length, dtype=torch.bool)
         positions = None
-        if args.document_reset:
-            positions = (torch.arange(args.seq_length) % 1000).expand_as(valid).contiguous()
+        if args.document_reset:  # documents of 100 to 900 tokens
+            lengths = torch.randint(100, 901, (args.seq_length // 100 + 1,), generator=generator).tolist()
+            positions = torch.cat([torch.arange(length) for length in lengths])[: args.seq_length]
+            positions = positions.expand_as(valid).contiguous()
         self.batches = [Batch(tokens, valid, positions, ["synthetic"]) for tokens in rows]
         if clock.cuda:
             self.batches = [batch.pin_memory() for batch in self.batches]
@@ -357,13 +361,14 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells += [f"{row[name]:.1f}" if name in row else "" for name in ("peak_gib", "estimate_gib", "first_step_s")]
         cells += [f"{row['parts_ms'][name]:.1f}" for name in PARTS]
         lines.append("| " + " | ".join(cells) + " |")
-    pairs: dict[tuple[int, int], dict[str, float]] = {}
+    before: dict[str, Any] = {}
     for row in rows:
-        if "error" not in row:
-            pairs.setdefault((row["length"], row["batch"]), {})[row["way"]] = row["tokens_per_second"]
-    for (length, batch), speeds in pairs.items():
-        if len(speeds) == 2:
-            lines.append(f"{length}x{batch}: {speeds['ours'] / speeds['plain']:.2f} times the plain way")
+        if row["way"] == "ours":
+            before = row
+        elif before and "error" not in row and "error" not in before:
+            ratio = before["tokens_per_second"] / row["tokens_per_second"]
+            words = "times the plain way" if row["way"] == "plain" else "times as long with --document_reset"
+            lines.append(f"{row['length']}x{row['batch']}: {ratio:.2f} {words}")
     return "\n".join(lines)
 
 
@@ -409,14 +414,15 @@ def run(bench: argparse.Namespace, rest: list[str], ranks: Ranks) -> int:
         print(f"KL(bf16 || fp8 teacher) on random weights: {fp8_distance(bench, base):.2e} nats a token", flush=True)
         give_back_memory()
     ways = ["plain"] if bench.only_plain else ["ours", "plain"] if bench.plain else ["ours"]
+    ways += [RESET] if base.document_reset else []
     rows: list[dict[str, Any]] = []
     for length in bench.seq_length:
         for batch in bench.batch_size:
             for way in ways:
                 args = argparse.Namespace(**vars(base))
                 args.seq_length, args.batch_size = length, batch
-                args.update_in_backward = bench.update_in_backward
-                rows.append(attempt(bench, args, way, ceiling, ranks))
+                args.update_in_backward, args.document_reset = bench.update_in_backward, way == RESET
+                rows.append({**attempt(bench, args, "ours" if way == RESET else way, ceiling, ranks), "way": way})
                 row = {"preset": bench.preset, "device": name, "ceiling": ceiling, "flags": rest, **rows[-1]}
                 print(json.dumps(rows[-1]), flush=True)
                 if bench.json:

@@ -36,6 +36,7 @@ class Fault:
     retry_after: float | None = None
     seconds: float = 0.0
     after: str = ""  # not before a path that contains this was asked for
+    method: str = ""  # of this kind of request alone
 
 
 class LoopbackHub:
@@ -85,11 +86,11 @@ class LoopbackHub:
             "NO_PROXY": "127.0.0.1",
         }
 
-    def take_fault(self, path: str) -> Fault | None:
+    def take_fault(self, method: str, path: str) -> Fault | None:
         with self.lock:
             for fault in self.faults:
                 begun = any(fault.after in asked for _, asked, _ in self.requests)
-                if fault.match in path and fault.count > 0 and begun:
+                if fault.match in path and fault.method in ("", method) and fault.count > 0 and begun:
                     fault.count -= 1
                     return fault
         return None
@@ -119,7 +120,7 @@ class _Handler(Uploads, BaseHTTPRequestHandler):
         path = urllib.parse.unquote(url.path)
         with self.hub.lock:
             self.hub.requests.append((self.command, path, self.headers.get("Range")))
-        self.fault = self.hub.take_fault(path)
+        self.fault = self.hub.take_fault(self.command, path)
         if self.fault is not None and self.fault.kind == "status":
             extra = {} if self.fault.retry_after is None else {"Retry-After": f"{self.fault.retry_after:g}"}
             return self._json({"error": "fault"}, self.fault.status, extra)

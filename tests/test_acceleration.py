@@ -489,16 +489,16 @@ def test_benchmark_of_the_step_on_the_cpu(run_script, tmp_path):
     out = tmp_path / "step.jsonl"
     result = run_script(
         "benchmarks/step.py", "--preset", "tiny", "--device", "cpu", "--dtype", "float32", "--seq_length", 64,
-        "--steps", 3, "--warmup", 1, "--plain", "--freeze_mlp", "--json", out,
+        "--steps", 3, "--warmup", 1, "--plain", "--document_reset", "--freeze_mlp", "--json", out,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["way"] for row in rows] == ["ours", "plain"]
+    assert [row["way"] for row in rows] == ["ours", "plain", "ours, --document_reset"]
     for row in rows:
         assert row["tokens_per_second"] == pytest.approx(64 / (row["step_ms"] / 1000))
         assert sum(row["parts_ms"].values()) > 0 and all(time >= 0 for time in row["parts_ms"].values())
         assert row["parts_ms"]["backward"] > 0 and row["bad_steps"] == 0
-    assert "times the plain way" in result.stdout
+    assert "times the plain way" in result.stdout and "times as long with --document_reset" in result.stdout
 
 
 def test_benchmark_reports_what_fails_and_goes_on(run_script):

@@ -273,7 +273,7 @@ def test_closing_ends_the_threads(folder, tokenizer):
     assert running() == before  # nothing runs before it is asked for
     batches = iter(given)
     next(batches)
-    assert running() == before + 2
+    assert running() == before + 3  # reading, tokenising, packing
     given.close()
     assert running() == before
     list(itertools.islice(given, 3))  # a dropped iterator closes too

@@ -70,7 +70,7 @@ def train(hub, tmp_path_factory, run_script):
     shared = tmp_path_factory.getbasetemp() / "hub-home"
 
     def run(output, home=shared, **changes):
-        return run_script("train.py", *command(output, **changes), env=hub.environment(home))
+        return run_script("tests/train_little_ahead.py", *command(output, **changes), env=hub.environment(home))
 
     yield run
     hub.faults.clear()
@@ -80,7 +80,7 @@ def train(hub, tmp_path_factory, run_script):
 def undisturbed(hub, tmp_path_factory, run_script):
     """The same run over a network without faults, and with caches of its own."""
     output, home = tmp_path_factory.mktemp("undisturbed") / "run", tmp_path_factory.mktemp("home")
-    done = run_script("train.py", *command(output), env=hub.environment(home))
+    done = run_script("tests/train_little_ahead.py", *command(output), env=hub.environment(home))
     assert done.returncode == 0, done.stderr[-2000:]
     assert "trying again" not in done.stdout + done.stderr
     return output
