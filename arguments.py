@@ -296,8 +296,8 @@ def validate(args: argparse.Namespace) -> None:
         raise UserError("--update_in_backward needs --grad_accumulation_steps 1: each gradient is used once")
     if args.document_reset and args.attn_implementation == "flash_attention_2" and args.batch_size > 1:
         raise UserError(
-            f"--batch_size {args.batch_size}: flash_attention_2 keeps documents apart (--document_reset) in a batch of 1 "
-            "alone; use --batch_size 1 or --attn_implementation sdpa"
+            f"--batch_size {args.batch_size}: flash_attention_2 keeps documents apart (--document_reset) only in a "
+            "batch of 1; use --batch_size 1 or --attn_implementation sdpa"
         )
     _check_packages(args)
     if args.sample_prompts:
