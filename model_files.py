@@ -9,14 +9,13 @@ import fnmatch
 import functools
 import logging
 from pathlib import Path
-from typing import Any
 
 from arguments import UserError
 from hub_files import DataStreamLost, Patience, ShortBody, is_transient, raise_for_access
 from model_utils import FROM_TEACHER, require_model_folder
 from models.loading import check_files
 
-__all__ = ["DataStreamLost", "fetch_model", "fetch_models"]
+__all__ = ["DataStreamLost", "fetch_model", "fetch_student", "fetch_teacher"]
 
 log = logging.getLogger(__name__)
 
@@ -25,12 +24,17 @@ WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the first kind that th
 TEMPLATES = "additional_chat_templates/"
 
 
-def fetch_models(args: argparse.Namespace, student_source: str, *, weights: bool = False) -> None:
-    """`fetch_model` for the pair that the flags of `train.py` name."""
-    options: dict[str, Any] = dict(weights=weights, patience=args.network_patience, offline=args.local_files_only)
-    fetch_model("--teacher_model", args.teacher_model, **options)
-    if student_source != FROM_TEACHER:
-        fetch_model("--student_model", student_source, **options)
+def fetch_teacher(args: argparse.Namespace, *, weights: bool = False) -> None:
+    """`fetch_model` for `--teacher_model`."""
+    patience, offline = args.network_patience, args.local_files_only
+    fetch_model("--teacher_model", args.teacher_model, weights=weights, patience=patience, offline=offline)
+
+
+def fetch_student(args: argparse.Namespace, source: str, *, weights: bool = False) -> None:
+    """`fetch_model` for the student, which is a hub id, a folder or `from_teacher`."""
+    patience, offline = args.network_patience, args.local_files_only
+    if source != FROM_TEACHER:
+        fetch_model("--student_model", source, weights=weights, patience=patience, offline=offline)
 
 
 def fetch_model(
