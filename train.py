@@ -30,12 +30,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         with launched(args.device) as ranks:
             status = distill(args, ranks)
             if status == RANK_LOST:
-                logging.shutdown()
-                os._exit(status)  # leaving in good order would wait for the rank that is gone
-            return status
+                leave_at_once(status)  # in good order it would wait for the rank that is gone
+        if not ranks.alone:
+            leave_at_once(status)  # process groups that FSDP2 still holds may abort the interpreter's end
+        return status
     except UserError as error:
         complain(str(error))
         return 2
+
+
+def leave_at_once(status: int) -> None:
+    """End this process without the interpreter's own end; everything is written and closed by now."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def distill(args: argparse.Namespace, ranks: Any) -> int:
