@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if status == RANK_LOST:
                 leave_at_once(status)  # in good order it would wait for the rank that is gone
         if not ranks.alone:
-            leave_at_once(status)  # process groups that FSDP2 still holds may abort the interpreter's end
+            leave_at_once(status)  # seen after FSDP2: a C++ thread aborts the interpreter's own end
         return status
     except UserError as error:
         complain(str(error))
