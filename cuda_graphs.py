@@ -34,8 +34,8 @@ class CapturedMicroStep:
     """Wraps a micro step for `trainer.run_stage`: the same kernels on the same numbers, launched as a graph.
 
     The first calls run as they are; then the step is captured, unless it takes more than `LARGEST_SHARE` of the
-    device's memory. A batch of another shape, or with document positions, runs as it is. Gradients stay where the
-    graph writes them: a parameter whose `.grad` was dropped gets its buffer back, zeroed.
+    device's memory. A batch of another shape runs as it is, and document positions are not for here (`captures`).
+    Gradients stay where the graph writes them: a parameter whose `.grad` was dropped gets its buffer back, zeroed.
     """
 
     def __init__(
@@ -46,22 +46,19 @@ class CapturedMicroStep:
     ):
         self.micro_step, self.parameters, self.device = micro_step, parameters, device
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.calls, self.worth_it = 0, True
-        self.gradients: list[tuple[nn.Parameter, Tensor]] = []
+        self.calls = 0
+        self.gradients: list[tuple[nn.Parameter, Tensor]] = []  # kept for a graph alone: they are memory
 
     def __call__(self, batch: "DeviceBatch", grad_scale: Tensor) -> "Sums":
         """As the micro step itself; figures are copies."""
-        if self.calls < EAGER_CALLS or batch.position_ids is not None or not self.worth_it:
-            sums = self.micro_step(batch, grad_scale)
-            self.calls += 1
-            if self.calls == EAGER_CALLS:
-                self.gradients = [(p, p.grad) for p in self.parameters if p.grad is not None]
-                self.worth_it = self._has_room()
-            return sums
-        if self.graph is None:
+        self.calls += 1
+        if self.calls == EAGER_CALLS + 1 and self.gradients:
             self._capture(batch, grad_scale)
-        if batch.inputs.shape != self.batch.inputs.shape or self.graph is None:
-            return self.micro_step(batch, grad_scale)
+        if self.graph is None or batch.inputs.shape != self.batch.inputs.shape:
+            sums = self.micro_step(batch, grad_scale)
+            if self.calls == EAGER_CALLS and self._has_room():
+                self.gradients = [(p, p.grad) for p in self.parameters if p.grad is not None]
+            return sums
         self._restore_gradients()
         for name in ("inputs", "labels", "valid"):
             getattr(self.batch, name).copy_(getattr(batch, name))
@@ -97,7 +94,7 @@ class CapturedMicroStep:
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
             log.warning("a step cannot be captured as a CUDA graph here, running it without: %s", reason)
-            self.worth_it = False
+            self.gradients = []
             return
         self.graph = graph
         log.info("a step runs as one CUDA graph from now on")

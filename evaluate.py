@@ -301,7 +301,7 @@ def own_figures(args: argparse.Namespace) -> dict[str, Any]:
 
     where = check_device(args.device)
     for flag, name in (("--teacher", args.teacher), ("--student", args.student)):
-        fetch_model(flag, name, weights=True, patience=args.network_patience, offline=args.local_files_only)
+        fetch_model(flag, name, args, weights=True)
     local: dict[str, Any] = dict(local_files_only=True)
     teacher_config = load_config(args.teacher, **local)
     check_teacher_config(teacher_config, args.teacher)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from acceleration import MODES, set_activation_checkpointing
+from acceleration import MODES, compiles, set_activation_checkpointing
 from activation_bytes import saved_bytes
 from arguments import auto_layers
 from losses import CHUNK_LOGITS_COMPILED, CHUNK_LOGITS_EAGER, PARTS_COMPILED
@@ -89,7 +89,7 @@ class StepModel:
         self.parameter_dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
         self.student = meta_student(teacher_config, student_config, args, self.parameter_dtype)
         self.same_device = (args.teacher_device or args.device) == args.device
-        self.compiled = args.device.startswith("cuda") and not args.no_compile
+        self.compiled = compiles(args)
         self.update_in_backward = getattr(args, "update_in_backward", False)
         self.costs: dict[tuple[str, str], LayerCost] = {}
         self.constants = self._weights(teacher_config)

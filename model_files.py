@@ -15,7 +15,7 @@ from hub_files import DataStreamLost, Patience, ShortBody, is_transient, raise_f
 from model_utils import FROM_TEACHER, require_model_folder
 from models.loading import check_files
 
-__all__ = ["DataStreamLost", "fetch_model", "fetch_student", "fetch_teacher"]
+__all__ = ["DataStreamLost", "fetch_model"]
 
 log = logging.getLogger(__name__)
 
@@ -24,34 +24,22 @@ WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the first kind that th
 TEMPLATES = "additional_chat_templates/"
 
 
-def fetch_teacher(args: argparse.Namespace, *, weights: bool = False) -> None:
-    """`fetch_model` for `--teacher_model`."""
-    patience, offline = args.network_patience, args.local_files_only
-    fetch_model("--teacher_model", args.teacher_model, weights=weights, patience=patience, offline=offline)
-
-
-def fetch_student(args: argparse.Namespace, source: str, *, weights: bool = False) -> None:
-    """`fetch_model` for the student, which is a hub id, a folder or `from_teacher`."""
-    patience, offline = args.network_patience, args.local_files_only
-    if source != FROM_TEACHER:
-        fetch_model("--student_model", source, weights=weights, patience=patience, offline=offline)
-
-
-def fetch_model(
-    flag: str, name: str, *, weights: bool = False, patience: float = 600.0, offline: bool = False
-) -> None:
+def fetch_model(flag: str, name: str, args: argparse.Namespace, *, weights: bool = False) -> None:
     """Bring configuration and tokenizer of a hub id into the cache, with `weights` those as well.
 
-    Nothing happens for a local folder, or `offline`. A Hub that cannot be reached is waited for `patience` seconds,
-    unless the whole model is in the cache. Raises `UserError` naming flag and model for a repository that is not
-    there or not to be read, `DataStreamLost` when the network stays away for longer than the patience.
+    Nothing happens for a local folder, for `from_teacher`, or with `--local_files_only`. A Hub that cannot be reached
+    is waited for `--network_patience` seconds, unless the whole model is in the cache. Raises `UserError` naming flag
+    and model for a repository that is not there or not to be read, `DataStreamLost` when the network stays away for
+    longer than the patience.
     """
     from huggingface_hub import constants
 
     path = Path(name).expanduser()
-    if offline or constants.HF_HUB_OFFLINE or path.exists() or path.is_absolute() or name.startswith((".", "~")):
+    if name == FROM_TEACHER or args.local_files_only or constants.HF_HUB_OFFLINE:
         return
-    what, waiting = f"{flag} {name}", Patience(patience)
+    if path.exists() or path.is_absolute() or name.startswith((".", "~")):
+        return
+    what, waiting = f"{flag} {name}", Patience(args.network_patience)
     try:
         raise_for_access(lambda: _fetch(what, name, weights, waiting), what)
     except (UserError, DataStreamLost):

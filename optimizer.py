@@ -192,10 +192,9 @@ class AdamW8bit(MasterAdamW):
     ) -> None:
         low, m, v, v_scale = state.get("low", weight), state["m"], state["v"], state["v_scale"]
         if self.kernel:
-            import optimizer_kernel as kernels
+            import optimizer_kernel
 
-            constants = (*BETAS, EPS, RATIO)
-            kernels.update_blocks(weight, grad.contiguous(), low, m, v, v_scale, scalars, index, found, constants)
+            optimizer_kernel.update_blocks(weight, grad.contiguous(), low, m, v, v_scale, scalars, index, found)
             return
         weight, grad, low = weight.view(m.shape), grad.reshape(m.shape), low.view(m.shape)
         size = max(1, EAGER_SLICE // m.shape[1])  # so that the float32 temporaries stay small

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from optimizer import BETAS, EPS, RATIO
+
 ENTRIES = 2048  # of a program
 
 
@@ -79,19 +81,16 @@ def update_blocks(
     scalars: Tensor,
     index: int,
     found: Tensor,
-    constants: tuple[float, float, float, float],
 ) -> None:
     """As `optimizer.update_blocks` on contiguous tensors of one CUDA device, with row `index` of scalars [k, 5].
 
-    m and v [n, w] give the blocks; weight, grad and low have as many entries. `constants`: beta1, beta2, epsilon and
-    the largest ratio of first moment to root.
+    m and v [n, w] give the blocks; weight, grad and low have as many entries.
     """
     blocks, width = m.shape
     lanes = triton.next_power_of_2(width)
     rows = ENTRIES // lanes
-    beta1, beta2, eps, ratio = constants
     kernel: Any = _update_kernel[(triton.cdiv(blocks, rows),)]
     kernel(
         weight, grad, low, m, v, v_scale, scalars, found, blocks, index, WIDTH=width, LANES=lanes, ROWS=rows,
-        BETA1=beta1, BETA2=beta2, EPS=eps, RATIO=ratio, SPLIT=weight.dtype == torch.bfloat16, num_warps=4,
+        BETA1=BETAS[0], BETA2=BETAS[1], EPS=EPS, RATIO=RATIO, SPLIT=weight.dtype == torch.bfloat16, num_warps=4,
     )  # fmt: skip

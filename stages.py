@@ -20,7 +20,7 @@ from data import SourceSpec, build_loader, estimate_steps_per_epoch
 from initialization import calibrate_mixers, student_config
 from layer_choice import choose_layers
 from memory import GIB, MemoryEstimate, estimate_memory
-from model_files import fetch_student, fetch_teacher
+from model_files import fetch_model
 from model_utils import (
     FROM_TEACHER,
     apply_replacements,
@@ -75,10 +75,10 @@ class Inputs:
 
 def check_inputs(args: argparse.Namespace, student_source: str, ranks: Ranks) -> Inputs:
     """What can be wrong with the models, found from their configurations alone, and what they will take."""
-    fetch_teacher(args)
+    fetch_model("--teacher_model", args.teacher_model, args)
     teacher = load_config(args.teacher_model, local_files_only=True)
     check_teacher_config(teacher, args.teacher_model)
-    fetch_student(args, student_source)
+    fetch_model("--student_model", student_source, args)
     longest = teacher.max_position_embeddings
     lengths = {"seq_length": args.seq_length}
     if args.matrix_tokens:
@@ -120,8 +120,8 @@ def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, 
     """Load the pair and do the surgery, unless the student is a checkpoint that already had it."""
     (device, teacher_device), tokenizer = devices, inputs.tokenizer
     dtype = getattr(torch, args.dtype)
-    fetch_teacher(args, weights=True)
-    fetch_student(args, student_source, weights=True)
+    fetch_model("--teacher_model", args.teacher_model, args, weights=True)
+    fetch_model("--student_model", student_source, args, weights=True)
     options = dict(attn_implementation=args.attn_implementation, local_files_only=True)
     teacher = get_teacher_model(args.teacher_model, dtype=dtype, device=teacher_device, **options)
     parameter_dtype = torch.float32 if dtype == torch.float16 else dtype

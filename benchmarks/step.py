@@ -8,7 +8,8 @@ torchrun --standalone --nproc_per_node=2 benchmarks/step.py --preset 8b --freeze
 python benchmarks/step.py --preset 8b --stage hidden
 Flags that are not listed by --help go to train.py's parser, such as --gradient_checkpointing or --optimizer; with
 --document_reset each shape is run without it and with it, on documents of 100 to 900 tokens. Under torchrun tokens
-and seconds are those of all ranks; with --teacher_device the teacher's part is what is waited for.
+and seconds are those of all ranks; with --teacher_device the teacher's part is what is waited for. A small pair's
+step runs as one CUDA graph, which is one part, "backward" (--no_cuda_graphs shows its parts).
 """
 
 import argparse

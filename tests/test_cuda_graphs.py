@@ -1,5 +1,7 @@
 """A step as a CUDA graph gives what it gives without."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -30,3 +32,18 @@ def test_gradients_return_to_where_the_graph_adds_to_them():
     step._restore_gradients()
     assert all(p.grad is buffer for p, buffer in step.gradients)
     assert [p.grad[0].item() for p in (kept, dropped, replaced)] == [7.0, 0.0, 2.0]
+
+
+def test_a_step_without_room_keeps_no_gradients_alive(monkeypatch):
+    parameter = nn.Parameter(torch.ones(3))
+
+    def micro_step(batch, scale):
+        (parameter.sum() * scale).backward()
+        return {"loss": scale}
+
+    monkeypatch.setattr(CapturedMicroStep, "_has_room", lambda self: False)
+    step = CapturedMicroStep(micro_step, [parameter], torch.device("cpu"))
+    for _ in range(4):
+        assert step(None, torch.ones(()))["loss"] == 1
+        gradient, parameter.grad = weakref.ref(parameter.grad), None
+        assert gradient() is None
