@@ -14,8 +14,8 @@ close to un-decayed linear attention and finite:
   size has no place in a mixer, nor have rotary positions and a sliding window;
 * C: queries times head_dim**-0.5, attention's own scale (`calibrate_mixers` fits the product of x, B and C);
 * A_log: it has no bias, so zero weights give a decay of 0.5 a token (softplus(0) = log 2). Rows along the mean of
-  the layer's normalised inputs make the decay slow on real text. Measured (`benchmarks/start.py`), half lives of 1 to
-  16 tokens over the heads align fastest; with much longer ones the first steps spike.
+  the layer's normalised inputs make the decay slow on real text, with a half life fitted to each head's attention
+  (`fitted_half_lives`). Too long ones make the first steps spike; `benchmarks/start.py` compares the choices.
 """
 
 import logging
@@ -27,11 +27,14 @@ from typing import Any
 import torch
 
 from models import LlambaConfig, LlambaForCausalLM
-from models.modeling_llamba import AttentionInputs
+from models.modeling_llamba import AttentionInputs, attention_module
+from models.state_space import decay_dtype
 
 log = logging.getLogger(__name__)
 
 SILU_IS_ONE = 1.2784645427610738  # silu(z) = 1
+HALF_LIVES = [2.0**power for power in range(9)]  # tokens, that a fit chooses from
+FIT_LENGTH = 512  # tokens of a sequence that it looks at: its matrices are [b, H, t, t]
 
 
 def student_config(teacher: Any) -> LlambaConfig:
@@ -172,15 +175,16 @@ def calibrate_mixers(
     teacher: Any,
     tokens: torch.Tensor,
     *,
-    half_lives: tuple[float, float] = (1.0, 16.0),
+    half_lives: tuple[float, float] | None = None,
     split: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3),
     per_head: bool = True,
 ) -> dict[int, float]:
     """Set each mixer's decay and the scale of its output on a few real sequences, tokens int64 [b, t].
 
-    A_log's rows lie along the mean m of the normalised inputs, so that A_log is about `softplus^-1(ln 2 /
-    half_life)` on average, with half lives (in tokens) spread evenly in their logarithm from the first head's to the
-    last's. The least-squares factor between the mixer's output and the attention's, one a layer or `per_head`, goes
+    A_log's rows lie along the mean m of the normalised inputs, so that A_log is about `softplus^-1(ln 2 / half_life)`
+    on average, with half lives (in tokens) fitted to each head's attention; or, given `half_lives`, spread evenly in
+    their logarithm from the first head's to the last's. The least-squares factor between the mixer's output and the
+    attention's, one a layer or `per_head`, goes
     into x, B and C with the exponents of `split`: with all of it in C, its weights would be so small that the first
     Adam step is many times their size (seen on SmolLM2-135M: loss 0.85 -> 17505 in one step at lr 7e-4, against
     0.83 -> 2.1 with cube roots). `benchmarks/start.py` compares the choices. Returns the relative error of each
@@ -196,7 +200,11 @@ def calibrate_mixers(
         u = inputs.to(weight.device, weight.dtype)
         wanted = outputs.to(weight.device, torch.float32)
         mean = inputs.to(weight.device).float().mean(dim=(0, 1))
-        weight[-mixer.n_v_heads :].copy_(decay_rows(mean, mixer.n_v_heads, half_lives))
+        if half_lives is None:
+            lives = fitted_half_lives(mixer, visit)
+        else:
+            lives = spread_half_lives(mixer.n_v_heads, half_lives).to(mean.device)
+        weight[-mixer.n_v_heads :].copy_(decay_rows(mean, lives))
         factor = head_factors(mixer, u, wanted, per_head)
         size = factor.abs().clamp(min=1e-6)
         scale = torch.cat([(size**exponent).repeat_interleave(mixer.d_head) for exponent in split])
@@ -209,11 +217,39 @@ def calibrate_mixers(
     return errors
 
 
-def decay_rows(mean: torch.Tensor, heads: int, half_lives: tuple[float, float]) -> torch.Tensor:
-    """A_log's rows [H, d] along the mean input [d], for half lives from the first head's to the last's."""
-    first, last = (math.log(tokens) for tokens in half_lives)
-    lives = torch.linspace(first, last, heads, device=mean.device).exp()
+def decay_rows(mean: torch.Tensor, lives: torch.Tensor) -> torch.Tensor:
+    """A_log's rows [H, d] along the mean input [d], for half lives [H] in tokens."""
     return torch.log(torch.expm1(math.log(2.0) / lives))[:, None] * mean / mean.square().sum()
+
+
+def spread_half_lives(heads: int, ends: tuple[float, float]) -> torch.Tensor:
+    """[H] half lives, evenly spread in their logarithm from the first head's to the last's."""
+    first, last = (math.log(tokens) for tokens in ends)
+    return torch.linspace(first, last, heads).exp()
+
+
+def fitted_half_lives(mixer: Any, visit: "LayerVisit") -> torch.Tensor:
+    """Of `HALF_LIVES`, for each head the one with which it comes closest to its attention: [H], in tokens.
+
+    Closest: y_i = sum_j 2^(-(i-j)/half life) C_i . B_j x_j explains most of o_i = sum_j softmax(q k^T)_ij x_j, by its
+    best factor: the largest (y . o)^2 / (y . y), sums over the first `FIT_LENGTH` tokens of all sequences.
+    """
+    u = visit.u[:, :FIT_LENGTH].to(mixer.D.device, mixer.D.dtype)
+    options = {
+        "position_ids": visit.options["position_ids"][:, :FIT_LENGTH],
+        "position_embeddings": [part[:, :FIT_LENGTH] for part in visit.options["position_embeddings"]],
+    }
+    weights = attention_matrix(visit.attention, visit.u[:, :FIT_LENGTH], options).to(u.device)
+    x, B, C = (part.to(weights).transpose(1, 2) for part in mixer.project(u)[:3])  # [b, H, t, P or N]
+    wanted = weights @ x
+    scores = C @ B.transpose(-1, -2)
+    back = torch.arange(u.shape[1], device=u.device)
+    back = back[:, None] - back
+    explained = []
+    for life in HALF_LIVES:
+        y = torch.where(back < 0, 0, scores * 2 ** (-back / life)) @ x
+        explained.append((y * wanted).sum((0, 2, 3)).square() / y.square().sum((0, 2, 3)).clamp(min=1e-20))
+    return torch.tensor(HALF_LIVES, device=u.device)[torch.stack(explained).argmax(0)]
 
 
 def head_factors(mixer: Any, u: torch.Tensor, wanted: torch.Tensor, per_head: bool) -> torch.Tensor:
@@ -236,3 +272,35 @@ def head_factors(mixer: Any, u: torch.Tensor, wanted: torch.Tensor, per_head: bo
         return (match.sum() / products.sum().clamp(min=1e-20)).expand(mixer.n_v_heads).clamp(min=1e-6)
     ridge = 1e-4 * products.diagonal().mean() * torch.eye(mixer.n_v_heads, device=y.device, dtype=y.dtype)
     return torch.linalg.solve(products + ridge, match)
+
+
+def attention_matrix(attention: Any, u: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+    """softmax(q k^T) [b, H, t, t] of one decoder layer's attention for normalised inputs u [b, t, d].
+
+    With rotary positions, grouped queries, q and k norms, sliding window and document boundaries. float32 or
+    better. The mask is made from the positions, since flash attention is given none.
+    """
+    wide = decay_dtype(u.dtype)
+    shape = (*u.shape[:-1], -1, attention.head_dim)
+    q, k = attention.q_proj(u).view(shape), attention.k_proj(u).view(shape)
+    if hasattr(attention, "q_norm"):
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    rotate = attention_module(attention.config.model_type).apply_rotary_pos_emb
+    q, k = rotate(q.transpose(1, 2), k.transpose(1, 2), *options["position_embeddings"])
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * attention.scaling
+    window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+    return scores.masked_fill(~visible_pairs(options["position_ids"], window), -torch.inf).softmax(-1)
+
+
+def visible_pairs(position_ids: torch.Tensor, window: int | None) -> torch.Tensor:
+    """bool [b, 1, t, t]: row i sees column j of the same document, at most `window` - 1 tokens back.
+
+    position_ids [b, t] restart at 0 where a document starts.
+    """
+    t = position_ids.shape[1]
+    index = torch.arange(t, device=position_ids.device)
+    back = index[:, None] - index
+    near = (back >= 0) & (back < (window or t))
+    documents = (position_ids == 0).cumsum(-1)
+    return (near & (documents[:, :, None] == documents[:, None, :]))[:, None]

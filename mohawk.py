@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from acceleration import compiles_here
-from initialization import attend, finish, visit_layers
+from initialization import attend, attention_matrix, finish, visit_layers
 from models import LlambaForCausalLM
-from models.modeling_llamba import attention_module
 from models.state_space import decay_dtype, ssd_matrix
 from trainer import DeviceBatch, Sums
 
@@ -45,7 +44,7 @@ class AlignmentStep:
         compile: bool = False,
     ):
         """`tokens` int64 [b, t]: a few sequences of the stage's own text, to measure the attention's sizes on."""
-        self.target = {"matrix": attention_matrix, "hidden": attention_output}[kind]
+        self.target = {"matrix": attention_scores, "hidden": attention_output}[kind]
         size = {"matrix": matrix_size, "hidden": hidden_size}[kind]
         self.loss: Callable[..., tuple[Tensor, Tensor]] = {"matrix": matrix_loss, "hidden": hidden_loss}[kind]
         self.teacher, self.student, self.autocast = teacher.model, student, autocast
@@ -118,6 +117,11 @@ class AlignmentStep:
             self.loss = compiled
 
 
+def attention_scores(attention: Any, u: Tensor, attended: Tensor, options: dict[str, Any]) -> Tensor:
+    """What the "matrix" stage matches: the attention matrix [b, H, t, t]."""
+    return attention_matrix(attention, u, options)
+
+
 def attention_output(attention: Any, u: Tensor, attended: Tensor, options: dict[str, Any]) -> Tensor:
     """What the "hidden" stage matches: the attention's output [b, t, d], as it is."""
     return attended
@@ -153,35 +157,3 @@ def matrix_loss(mixer: Any, u: Tensor, target: Tensor, resets: Tensor | None, si
 def mean_decay(mixer: Any, u: Tensor) -> Tensor:
     """The mean over heads of a_t [b, t]."""
     return mixer.decays(u).mean(-1)
-
-
-def attention_matrix(attention: Any, u: Tensor, attended: Tensor | None, options: dict[str, Any]) -> Tensor:
-    """softmax(q k^T) [b, H, t, t] of one decoder layer's attention for normalised inputs u [b, t, d].
-
-    With rotary positions, grouped queries, q and k norms, sliding window and document boundaries. float32 or
-    better. The mask is made from the positions, since flash attention is given none.
-    """
-    wide = decay_dtype(u.dtype)
-    shape = (*u.shape[:-1], -1, attention.head_dim)
-    q, k = attention.q_proj(u).view(shape), attention.k_proj(u).view(shape)
-    if hasattr(attention, "q_norm"):
-        q, k = attention.q_norm(q), attention.k_norm(k)
-    rotate = attention_module(attention.config.model_type).apply_rotary_pos_emb
-    q, k = rotate(q.transpose(1, 2), k.transpose(1, 2), *options["position_embeddings"])
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * attention.scaling
-    window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
-    return scores.masked_fill(~visible_pairs(options["position_ids"], window), -torch.inf).softmax(-1)
-
-
-def visible_pairs(position_ids: Tensor, window: int | None) -> Tensor:
-    """bool [b, 1, t, t]: row i sees column j of the same document, at most `window` - 1 tokens back.
-
-    position_ids [b, t] restart at 0 where a document starts.
-    """
-    t = position_ids.shape[1]
-    index = torch.arange(t, device=position_ids.device)
-    back = index[:, None] - index
-    near = (back >= 0) & (back < (window or t))
-    documents = (position_ids == 0).cumsum(-1)
-    return (near & (documents[:, :, None] == documents[:, None, :]))[:, None]

@@ -31,7 +31,8 @@ from utils import seed_everything
 # What the rows of a long memory share; the first is what train.py does. gate: (z_bias, deviation of its weights)
 LONG: dict[str, Any] = {"half_lives": (64.0, 64.0), "per_head": False}
 STARTS: dict[str, dict[str, Any]] = {
-    "as train.py: half lives 1 to 16 over the heads, a factor a head, even split, gate open": {},
+    "as train.py: half lives fitted to the heads, a factor a head, even split, gate open": {},
+    "half lives 1 to 16 over the heads, a factor a head": {"half_lives": (1.0, 16.0)},
     "half life 1 (zero weights), a factor a head": {"half_lives": (1.0, 1.0)},
     "half life 64, a factor a layer": LONG,
     "half life 1, a factor a layer": {"per_head": False, "half_lives": (1.0, 1.0)},

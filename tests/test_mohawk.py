@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import runs
 import train
 from conftest import tiny_llama_config
-from initialization import attend, finish, visit_layers
+from initialization import attend, attention_matrix, finish, visit_layers
 from models.modeling_llamba import AttentionInputs
-from mohawk import AlignmentStep, attention_matrix, hidden_loss, matrix_loss, trained_mixers
+from mohawk import AlignmentStep, hidden_loss, matrix_loss, trained_mixers
 from test_model_utils import TEACHERS, make_student, make_teacher
 from trainer import DeviceBatch
 
@@ -78,7 +78,7 @@ def test_attention_matrix_is_the_teachers(name, packed):
     for visit in visit_layers(teacher.model, tokens, positions):
         # Flash attention is given no mask: the matrix has its own, from the positions.
         options = {**visit.options, "attention_mask": None}
-        given = attention_matrix(visit.attention, visit.u, None, options)
+        given = attention_matrix(visit.attention, visit.u, options)
         assert torch.allclose(given, wanted[visit.index].double(), atol=1e-6)
 
 
@@ -114,10 +114,10 @@ def test_losses_and_gradients_equal_dense_references(kind, t):
             hidden = teacher.model.embed_tokens(tokens)
             shared = AttentionInputs(teacher.config, teacher.model.rotary_emb, hidden, layers=range(4))
             attention = teacher.model.layers[index].self_attn
-            wanted = attention_matrix(attention, u, None, shared.for_layer(index))
+            wanted = attention_matrix(attention, u, shared.for_layer(index))
             hidden = teacher.model.embed_tokens(PROBE)
             shared = AttentionInputs(teacher.config, teacher.model.rotary_emb, hidden, layers=range(4))
-            probe = attention_matrix(attention, probed[index][0], None, shared.for_layer(index))
+            probe = attention_matrix(attention, probed[index][0], shared.for_layer(index))
             size = probe.square().sum(-1).mean((0, 2))
             rows = ((slow_matrix(mixer, u) - wanted).square().sum(-1) / size[:, None]).mean(1)
         total = total + (rows * valid).sum() / 3

@@ -9,7 +9,17 @@ from torch import nn
 
 import runs
 from conftest import ROOT
-from initialization import calibrate_mixers, decay_rows, head_factors, student_from_teacher, visit_layers
+from initialization import (
+    HALF_LIVES,
+    attention_matrix,
+    calibrate_mixers,
+    decay_rows,
+    fitted_half_lives,
+    head_factors,
+    spread_half_lives,
+    student_from_teacher,
+    visit_layers,
+)
 from test_model_utils import TEACHERS, make_student, make_teacher
 
 sys.path.insert(0, str(ROOT))
@@ -46,11 +56,39 @@ def test_factors_are_the_least_squares_solution(name):
 def test_half_lives_are_what_they_say():
     """For an input that is the mean itself, the decay halves the state in just so many tokens."""
     mean = torch.randn(64, dtype=torch.float64)
-    rows = decay_rows(mean, 5, (2.0, 512.0))
+    rows = decay_rows(mean, spread_half_lives(5, (2.0, 512.0)).double())
     decays = torch.exp(-nn.functional.softplus(rows @ mean))
     lives = -torch.log(torch.tensor(2.0, dtype=torch.float64)) / decays.log()
     assert torch.allclose(lives, torch.tensor([2.0, 8.0, 32.0, 128.0, 512.0], dtype=torch.float64), rtol=1e-4)
-    assert torch.allclose(decay_rows(mean, 3, (1.0, 1.0)), torch.zeros(3, 64, dtype=torch.float64), atol=1e-9)
+    assert decay_rows(mean, torch.ones(3).double()).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("name", ["grouped queries", "wide heads, biases, tied"])
+def test_a_half_life_is_fitted_to_each_head(name):
+    """Against the recurrence of each life, token by token, and least squares for each head, in float64."""
+    torch.manual_seed(4)
+    teacher = make_teacher(TEACHERS[name]).double()
+    student = student_from_teacher(teacher, dtype=torch.float64, device="cpu")
+    found = set()
+    for visit in visit_layers(teacher.model, torch.randint(0, 512, (3, 33))):
+        mixer = student.backbone.layers[visit.index].mixer
+        with torch.no_grad():
+            x, B, C, *_ = mixer.project(visit.u)
+            wanted = attention_matrix(visit.attention, visit.u, visit.options) @ x.transpose(1, 2)
+            for head, life in enumerate(fitted_half_lives(mixer, visit).tolist()):
+                errors = []
+                for candidate in HALF_LIVES:
+                    state, rows = 0, []
+                    for i in range(33):
+                        outer = B[:, i, head, :, None] * x[:, i, head, None, :]
+                        state = 0.5 ** (1 / candidate) * state + outer
+                        rows.append((C[:, i, head, :, None] * state).sum(1))
+                    y = torch.stack(rows, 1).flatten()[:, None]
+                    o = wanted[:, head].flatten()[:, None]
+                    errors.append((y @ torch.linalg.lstsq(y, o).solution - o).norm().item())
+                assert errors[HALF_LIVES.index(life)] == pytest.approx(min(errors), rel=1e-9)
+                found.add(life)
+    assert len(found) > 1  # heads differ
 
 
 @pytest.mark.parametrize("split", [(1 / 3, 1 / 3, 1 / 3), (0.0, 0.0, 1.0), (1.0, 0.0, 0.0)])
