@@ -119,6 +119,7 @@ def build_parser() -> Parser:
     add("--choice_tokens", type=whole(1), default=8192, help="tokens of --eval_dataset or stage 1 for auto:K")
     add("--freeze_mlp", action="store_true", help="do not train the MLPs")
     add("--freeze_replaced_layers", action="store_true", help="do not train the replaced layers")
+    add("--freeze_embeddings", action="store_true", help="do not train embedding and head")
     add(
         "--attn_implementation",
         choices=["sdpa", "eager", "flash_attention_2"],

@@ -87,7 +87,7 @@ class CapturedMicroStep:
         self._restore_gradients()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # the loader's thread pins memory beside
                 self.sums = self.micro_step(self.batch, self.scale)
         except torch.OutOfMemoryError:
             raise

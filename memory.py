@@ -19,6 +19,7 @@ from acceleration import MODES, compiles, set_activation_checkpointing
 from activation_bytes import saved_bytes
 from arguments import auto_layers
 from losses import CHUNK_LOGITS_COMPILED, CHUNK_LOGITS_EAGER, PARTS_COMPILED
+from model_utils import freeze
 from models import LlambaConfig, LlambaForCausalLM
 from utils import default_dtype
 
@@ -217,12 +218,13 @@ class StepModel:
             )
         if args.seq_length > 1024:
             found[f"--seq_length {args.seq_length // 2}"] = 0.5 * activations
-        layers: Any = self.student.backbone.layers
-        matrices = [p for layer in layers for p in layer.mlp.parameters() if p.requires_grad]
-        if not args.freeze_mlp:
-            wide = self.parameter_dtype.itemsize == 4
-            per = self.parameter_dtype.itemsize * 2 + STATE_BYTES[args.optimizer][wide]
-            found["--freeze_mlp"] = per * sum(p.numel() for p in matrices)
+        backbone: Any = self.student.backbone
+        per = self.parameter_dtype.itemsize * 2 + STATE_BYTES[args.optimizer][self.parameter_dtype.itemsize == 4]
+        for flag, modules in {
+            "--freeze_mlp": [layer.mlp for layer in backbone.layers],
+            "--freeze_embeddings": [nn.ModuleList([backbone.embedding, self.student.lm_head])],  # tied: counted once
+        }.items():
+            found[flag] = per * sum(p.numel() for m in modules for p in m.parameters() if p.requires_grad)
         if args.optimizer != "adamw8bit":
             wide = self.parameter_dtype.itemsize == 4
             change = STATE_BYTES[args.optimizer][wide] - STATE_BYTES["adamw8bit"][wide]
@@ -293,13 +295,14 @@ def meta_student(
     config._attn_implementation = "eager" if attention == "eager" else "sdpa"
     with torch.device("meta"), default_dtype(dtype):
         student = LlambaForCausalLM(config)
-    for index, layer in enumerate(student.backbone.layers):
-        if args.freeze_mlp:
-            layer.mlp.requires_grad_(False)
-        if args.freeze_replaced_layers and index in config.attention_layers:
-            layer.requires_grad_(False)
     if config.tie_embeddings:
         student.lm_head.weight = student.backbone.embedding.weight
+    freeze(
+        student,
+        mlp=args.freeze_mlp,
+        replaced_layers=args.freeze_replaced_layers,
+        embeddings=args.freeze_embeddings,
+    )
     return student.train()
 
 

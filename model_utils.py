@@ -260,8 +260,13 @@ def apply_replacements(
     return student
 
 
-def freeze(student: LlambaForCausalLM, *, mlp: bool = False, replaced_layers: bool = False) -> tuple[int, int]:
-    """Freeze every MLP and/or every replaced layer; returns (trainable, frozen) parameter counts."""
+def freeze(
+    student: LlambaForCausalLM, *, mlp: bool = False, replaced_layers: bool = False, embeddings: bool = False
+) -> tuple[int, int]:
+    """Freeze every MLP, every replaced layer, embedding and head; returns (trainable, frozen) parameter counts."""
+    if embeddings:
+        student.backbone.embedding.requires_grad_(False)
+        student.lm_head.requires_grad_(False)
     for index, layer in enumerate(student.backbone.layers):
         if mlp:
             layer.mlp.requires_grad_(False)
@@ -270,7 +275,9 @@ def freeze(student: LlambaForCausalLM, *, mlp: bool = False, replaced_layers: bo
     trainable = sum(p.numel() for p in student.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in student.parameters() if not p.requires_grad)
     if not trainable:
-        raise UserError("--freeze_mlp, --freeze_replaced_layers and --layers leave nothing to train")
+        raise UserError(
+            "--freeze_mlp, --freeze_replaced_layers, --freeze_embeddings and --layers leave nothing to train"
+        )
     return trainable, frozen
 
 

@@ -140,7 +140,12 @@ def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, 
             open_text = functools.partial(choice_batches, args, tokenizer)
             chosen = ranks.first(lambda: choose_layers(args, teacher, student, open_text))
             apply_replacements(student, teacher, chosen)
-    freeze(student, mlp=args.freeze_mlp, replaced_layers=args.freeze_replaced_layers)
+    freeze(
+        student,
+        mlp=args.freeze_mlp,
+        replaced_layers=args.freeze_replaced_layers,
+        embeddings=args.freeze_embeddings,
+    )
     share_frozen_weights(student, teacher)
     student.train()
     log.info(describe_parameters(student, teacher))

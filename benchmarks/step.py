@@ -119,7 +119,12 @@ def build_pair(args: argparse.Namespace, sizes: Preset, *, share: bool) -> stage
         student = LlambaForCausalLM(sizes.student)
     transfer_teacher_weights(student, teacher, replaced=args.layers)
     apply_replacements(student, teacher, args.layers)
-    freeze(student, mlp=args.freeze_mlp, replaced_layers=args.freeze_replaced_layers)
+    freeze(
+        student,
+        mlp=args.freeze_mlp,
+        replaced_layers=args.freeze_replaced_layers,
+        embeddings=args.freeze_embeddings,
+    )
     if share:
         share_frozen_weights(student, teacher)
     student.train()

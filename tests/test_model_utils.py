@@ -150,10 +150,12 @@ def test_replacements_are_copies_that_train():
     assert not any(p.requires_grad for p in teacher.parameters())
 
 
-def test_frozen_weights_are_held_once_and_trainable_ones_never():
-    teacher = make_teacher(TEACHERS["grouped queries"])
+@pytest.mark.parametrize("name", ["grouped queries", "wide heads, biases, tied"])
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_frozen_weights_are_held_once_and_trainable_ones_never(name, embeddings):
+    teacher = make_teacher(TEACHERS[name])
     student = make_student(teacher, [1])
-    freeze(student, mlp=True, replaced_layers=True)
+    freeze(student, mlp=True, replaced_layers=True, embeddings=embeddings)
     saved = share_frozen_weights(student, teacher)
     teachers = {p.data_ptr() for p in teacher.parameters()}
     shared = [n for n, p in student.named_parameters() if p.data_ptr() in teachers]
@@ -161,15 +163,15 @@ def test_frozen_weights_are_held_once_and_trainable_ones_never():
     assert saved == sum(p.numel() * 4 for n, p in student.named_parameters() if n in shared)
     assert not trainable & set(shared)
     assert {"backbone.layers.0.mlp.up_proj.weight", "backbone.layers.1.self_attn.q_proj.weight"} <= set(shared)
+    for module in (student.backbone.embedding, student.lm_head):
+        assert (module.weight.data_ptr() in teachers) == embeddings != module.weight.requires_grad
 
 
 def test_nothing_left_to_train_is_an_error():
     student = make_student(make_teacher(TEACHERS["grouped queries"]), range(4))
-    student.backbone.embedding.requires_grad_(False)
-    student.lm_head.requires_grad_(False)
     student.backbone.final_layernorm.requires_grad_(False)
     with pytest.raises(UserError, match="nothing to train"):
-        freeze(student, mlp=True, replaced_layers=True)
+        freeze(student, mlp=True, replaced_layers=True, embeddings=True)
 
 
 def test_layer_indices():

@@ -69,14 +69,15 @@ def alone(tmp_path_factory, tiny_teacher, sources):
         {"parallel": "ddp"},
         {"parallel": "fsdp"},
         {"parallel": "ddp", "teacher_device": "cpu"},
-        {"parallel": "fsdp", "freeze_mlp": True},
+        {"parallel": "fsdp", "freeze_mlp": True, "freeze_embeddings": True},
     ],
-    ids=["ddp", "fsdp", "one teacher for the host", "fsdp, frozen MLPs"],
+    ids=["ddp", "fsdp", "one teacher for the host", "fsdp, most of it frozen"],
 )
 def test_two_ranks_equal_one_with_twice_the_batch(extra, alone, tiny_teacher, sources, tmp_path):
     if "freeze_mlp" in extra:
         frozen = tmp_path / "alone"
-        launch(0, runs.flags(tiny_teacher, sources, frozen, batch_size=4, freeze_mlp=True, **EXACT))
+        flags = {name: True for name in extra if name.startswith("freeze")}
+        launch(0, runs.flags(tiny_teacher, sources, frozen, batch_size=4, **flags, **EXACT))
         alone = frozen
     run = launch(2, runs.flags(tiny_teacher, sources, tmp_path / "run", batch_size=2, **EXACT, **extra))
     expected, found = runs.losses(alone), runs.losses(tmp_path / "run")
