@@ -185,9 +185,9 @@ def calibrate_mixers(
     on average, with half lives (in tokens) fitted to each head's attention; or, given `half_lives`, spread evenly in
     their logarithm from the first head's to the last's. The least-squares factor between the mixer's output and the
     attention's, one a layer or `per_head`, goes into x, B and C with the exponents of `split`: with all of it in C,
-    its weights would be so small that the first Adam step is many times their size (seen on SmolLM2-135M: loss 0.85 -> 17505 in one step at lr 7e-4, against
-    0.83 -> 2.1 with cube roots). `benchmarks/start.py` compares the choices. Returns the relative error of each
-    mixer's output. Replaced layers take no part.
+    its weights would be so small that the first Adam step is many times their size (seen on SmolLM2-135M: loss 0.85
+    -> 17505 in one step at lr 7e-4, against 0.83 -> 2.1 with cube roots). `benchmarks/start.py` compares the
+    choices. Returns the relative error of each mixer's output. Replaced layers take no part.
     """
     errors: dict[int, float] = {}
     for visit in visit_layers(teacher.model, tokens):
