@@ -332,12 +332,14 @@ def trial_step(args: argparse.Namespace, models: Any) -> None:
     _try_optimizer(args, models.student)
 
 
-def _try_optimizer(args: argparse.Namespace, student: nn.Module) -> None:
-    """An update of a small tensor of each kind of block that the student's matrices divide into."""
+def _try_optimizer(args: argparse.Namespace, student: Any) -> None:
+    """An update of a small tensor of each kind of block that the matrices divide into, and a linear layer's."""
     matrices = [p for p in student.parameters() if p.requires_grad and p.ndim > 1]
     kinds = {(block_length(p) or 64, p.dtype, p.device) for p in matrices}
     tensors = (torch.zeros(2, width, dtype=dtype, device=device) for width, dtype, device in kinds)
-    small = nn.ParameterList(tensors)
-    for parameter in small:
+    dtype, device = student.lm_head.weight.dtype, student.lm_head.weight.device
+    linear = nn.Linear(64, 64, bias=False, dtype=dtype, device=device)
+    small = nn.ModuleList([nn.ParameterList(tensors), linear])
+    for parameter in small.parameters():
         parameter.grad = torch.zeros_like(parameter)
     build_optimizer(args.optimizer, small, lr=args.max_lr, weight_decay=args.weight_decay, kernel=True).step()

@@ -163,7 +163,7 @@ def build_parser() -> Parser:
     add("--epoch_step_hint", type=whole(0), default=0, help="optimizer steps an epoch; 0: estimated by sampling")
     add("--batch_size", type=whole(1), default=1, help="sequences a micro step, per rank")
     add("--grad_accumulation_steps", type=whole(1), default=1, help="micro steps an optimizer step")
-    add("--optimizer", choices=["adamw", "adamw8bit", "flashadamw"], default="adamw8bit", help="optimizer")
+    add("--optimizer", choices=["adamw", "adamw8bit", "muon", "flashadamw"], default="adamw8bit", help="optimizer")
     add("--max_lr", type=real(0, above=True), default=1e-5, help="highest learning rate")
     add("--min_lr", type=real(0), default=1e-8, help="last learning rate")
     add("--warmup_ratio", type=real(0, maximum=1), default=0.1, help="share of a stage's steps that warm up")
@@ -177,6 +177,7 @@ def build_parser() -> Parser:
     add("--temperature", type=real(0, above=True), default=1.0, help="softmax temperature of the distillation term")
     add("--kl_weight", type=real(0), default=1.0, help="weight of the distillation term; 0 runs no teacher forward")
     add("--ce_weight", type=real(0), default=0.0, help="weight of the hard-label cross-entropy")
+    add("--layer_weight", type=real(0), default=0.0, help="weight of every layer's distance to the teacher's; 0: off")
 
     add = parser.add_argument_group("alignment stages (MOHAWK)").add_argument
     add("--matrix_tokens", type=whole(0), default=0, help="tokens of the matrix stage; 0: off")
@@ -284,6 +285,8 @@ def validate(args: argparse.Namespace) -> None:
         )
     if args.kl_weight == 0 and args.ce_weight == 0:
         raise UserError("--kl_weight 0 and --ce_weight 0 leave no loss; set one of them above 0")
+    if args.layer_weight and args.kl_weight == 0:
+        raise UserError("--layer_weight needs the teacher's forward pass: set --kl_weight above 0")
     for flag, used in (("max_lr", True), ("matrix_lr", args.matrix_tokens), ("hidden_lr", args.hidden_tokens)):
         if used and args.min_lr > getattr(args, flag):
             raise UserError(f"--min_lr {args.min_lr:g} is above --{flag} {getattr(args, flag):g}; lower it")

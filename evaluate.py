@@ -76,8 +76,8 @@ def held_out_figures(
     student: Any, teacher: Any, batches: Iterable[Any], tokens: int, device: Any
 ) -> dict[str, float]:
     """`figures_of` a student and a teacher that are whole models on this process' devices."""
+    from distillation import DistillationStep
     from teacher import OwnTeacher
-    from trainer import DistillationStep
 
     head = teacher.get_output_embeddings().weight.to(device)
     step, hidden_states = DistillationStep(student, head), OwnTeacher(teacher, device)
@@ -91,15 +91,16 @@ def held_out_figures(
 def held_out_sums(step: Any, hidden_states: Any, teacher_head: Any, batch: Any, device: Any) -> Any:
     """float64 [5] on the host: KL, agreement, the student's and the teacher's cross-entropy, tokens of a batch.
 
-    step: a `trainer.DistillationStep`, also replicated or sharded; hidden_states: a teacher of teacher.py.
+    step: a `distillation.DistillationStep`, also replicated or sharded; hidden_states: a teacher of teacher.py.
     """
     import torch
 
+    from distillation import last_states
     from losses import chunked_kd_loss
     from trainer import to_device
 
     here = to_device(batch, device, {}, non_blocking=False)
-    theirs = hidden_states.finish(here)
+    theirs = last_states(hidden_states.finish(here))
     one = torch.ones((), device=device)
     terms = step(here.inputs, here.labels, here.valid, here.position_ids, theirs, one)
     options: dict[str, Any] = dict(kl_weight=0.0, ce_weight=1.0)

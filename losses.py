@@ -29,6 +29,7 @@ class KDTerms(NamedTuple):
     ce_sum: Tensor  # hard-label cross-entropy of the student
     agree_sum: Tensor  # tokens whose top choice is the teacher's
     tokens: Tensor  # valid tokens
+    layer_sum: Tensor | None = None  # `layer_distance`, mean over layers, where it is asked for
 
 
 def token_terms(
@@ -98,7 +99,7 @@ def scaled_terms(
 _compiled: dict[Any, Any] = {}
 
 
-def _maybe_compiled(function: Any, compile: bool) -> Any:
+def maybe_compiled(function: Any, compile: bool) -> Any:
     if not compile:
         return function
     if function not in _compiled:
@@ -109,7 +110,7 @@ def _maybe_compiled(function: Any, compile: bool) -> Any:
 def _row_function(kernel: bool, compile: bool) -> Any:
     """`scaled_terms` as one Triton kernel, compiled, or as it is."""
     if not kernel:
-        return _maybe_compiled(scaled_terms, compile)
+        return maybe_compiled(scaled_terms, compile)
     import loss_kernel
 
     return loss_kernel.scaled_terms
@@ -200,7 +201,7 @@ def _evaluate(
     chunk: int,
     compile: bool,
 ) -> Tensor:
-    function = _maybe_compiled(token_sums, compile)
+    function = maybe_compiled(token_sums, compile)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     sums = torch.zeros(5, dtype=wide, device=hidden.device)
     for rows in slices(hidden.shape[0], part_rows(chunk, compile)):
@@ -264,6 +265,18 @@ class _ChunkedKD(torch.autograd.Function):
         if head_grad is not None:
             head_grad = head_grad * factor
         return hidden_grad, head_grad, *(None,) * 9
+
+
+def layer_distance(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
+    """Sum over valid tokens of |s - t|^2 / |t|^2 for hidden states s, t [b, t, d] after one layer; valid bool [b, t].
+
+    Relative to each token's own size: the hidden states of a sequence's first token can be a hundred times as large
+    as the others' ("massive activations", arXiv 2402.17762), and would be all that an absolute distance sees.
+    """
+    wide = torch.promote_types(student.dtype, torch.float32)
+    ours, theirs = student.to(wide), teacher.to(wide)
+    distance = (ours - theirs).square().sum(-1) / theirs.square().sum(-1).clamp(min=1e-20)
+    return torch.where(valid, distance, 0.0).sum()
 
 
 def part_rows(chunk: int, compile: bool) -> int:

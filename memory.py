@@ -21,6 +21,7 @@ from arguments import auto_layers
 from losses import CHUNK_LOGITS_COMPILED, CHUNK_LOGITS_EAGER, PARTS_COMPILED
 from model_utils import freeze
 from models import LlambaConfig, LlambaForCausalLM
+from muon import STACKED
 from utils import default_dtype
 
 GIB = 2**30
@@ -28,9 +29,10 @@ CONTEXT = 0.6 * GIB  # kernels and libraries loaded on first use, outside torch'
 WORKSPACE = 0.1 * GIB  # cuBLAS workspaces and small tensors
 MARGIN = 0.04  # of what is allocated: rounding and fragments of the allocator
 # Bytes a trainable parameter of a matrix, for bf16 and for float32 parameters: optimizer.py's docstrings.
-STATE_BYTES = {"adamw": (12.0, 8.0), "adamw8bit": (4.03, 2.03), "flashadamw": (4.1, 4.1)}
+STATE_BYTES = {"adamw": (12.0, 8.0), "adamw8bit": (4.03, 2.03), "muon": (4.0, 4.0), "flashadamw": (4.1, 4.1)}
 # Bytes a trainable parameter that live only during the update: float32 copies of all gradients, measured temporaries.
-UPDATE_BYTES = {"adamw": (4.0, 0.0), "adamw8bit": (0.0, 0.0), "flashadamw": (5.7, 5.7)}
+UPDATE_BYTES = {"adamw": (4.0, 0.0), "adamw8bit": (0.0, 0.0), "muon": (0.0, 0.0), "flashadamw": (5.7, 5.7)}
+MUON_BYTES = 24.0  # an entry of the matrices that muon updates together: copies, momentum, the iteration's products
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ class StepModel:
         return LayerCost(saved, working)
 
     def loss(self) -> float:
-        """Logits of a chunk, the gradient of the hidden states, the teacher's hidden states."""
+        """Logits of a chunk, the gradient of the hidden states, the teacher's hidden states (of every layer)."""
         config = self.student.config
         hidden = self.args.batch_size * self.args.seq_length * config.d_model * self.dtype.itemsize
         logits = self.args.batch_size * self.args.seq_length * config.vocab_size
@@ -181,7 +183,7 @@ class StepModel:
             chunk = (1 + 1 / PARTS_COMPILED) * min(CHUNK_LOGITS_COMPILED, logits) * self.dtype.itemsize
         else:
             chunk = 8.0 * min(CHUNK_LOGITS_EAGER, logits) * 4
-        return chunk + 3.0 * hidden
+        return chunk + (3.0 + (config.n_layer if self.args.layer_weight else 0)) * hidden
 
     def estimate(self, modes: Sequence[str]) -> MemoryEstimate:
         """The moment of the step in which most is held."""
@@ -198,8 +200,11 @@ class StepModel:
             alive = sum(c.saved for c in costs[: index + 1]) + costs[index].working
             moments.append({"gradients": held, "activations": alive, "loss": 0.0})
         last = head + embedding if in_place else everything
+        backbone: Any = self.student.backbone
         wide = self.parameter_dtype.itemsize == 4
         update = sum(p.numel() for p in self._trainable()) * UPDATE_BYTES[self.args.optimizer][wide]
+        if self.args.optimizer == "muon":
+            update += MUON_BYTES * max(STACKED, *(p.numel() for layer in backbone.layers for p in layer.parameters()))
         moments.append({"gradients": last, "activations": 0.0, "update": 0.0 if self.update_in_backward else update})
         peak = max(moments, key=lambda moment: sum(moment.values()))
         parts = {**self.constants, "gradient buckets": self.buckets(), **peak, "workspace": WORKSPACE}

@@ -110,9 +110,14 @@ def as_teacher(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def teacher_hidden(
-    teacher: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None
+    teacher: PreTrainedModel,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    every_layer: bool = False,
 ) -> torch.Tensor:
     """The teacher's hidden states after its final norm, [b, t, d], for input_ids [b, t]; no gradient.
+
+    every_layer: [L, b, t, d], what each of the L layers but the last gives, and those after the final norm.
 
     Its layers one after the other, as its own model runs them, but without the question to the device whether
     documents are packed, for which the CPU would wait in every step. position_ids [b, t] restart at each document.
@@ -122,9 +127,16 @@ def teacher_hidden(
         hidden = model.embed_tokens(input_ids)
         layers = range(len(model.layers))
         shared = AttentionInputs(model.config, model.rotary_emb, hidden, position_ids, layers=layers)
+        states = hidden.new_empty(len(model.layers) if every_layer else 0, *hidden.shape)
         for index, layer in enumerate(model.layers):
             hidden = layer(hidden, past_key_values=None, use_cache=False, **shared.for_layer(index))
-        return model.norm(hidden)
+            if every_layer:
+                states[index] = hidden
+        hidden = model.norm(hidden)
+        if not every_layer:
+            return hidden
+        states[-1] = hidden
+        return states
 
 
 def get_student_model(

@@ -1,8 +1,8 @@
 """Parameter groups, optimizers that never lose an update in bf16, the WSD schedule, and the clipped step.
 
-A bf16 weight of 0.02 has a spacing of 1.2e-4: at a learning rate of 1e-5 no single update moves it. Both optimizers
-here update an exact float32 master weight instead: `adamw` keeps it whole, `adamw8bit` keeps the 16 bits that the
-bf16 weight lacks beside it.
+A bf16 weight of 0.02 has a spacing of 1.2e-4: at a learning rate of 1e-5 no single update moves it. The optimizers
+here update an exact float32 master weight instead: `adamw` keeps it whole, `adamw8bit` and `muon` (muon.py) keep the
+16 bits that the bf16 weight lacks beside it.
 """
 
 import math
@@ -34,7 +34,11 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 def build_optimizer(
     name: str, module: nn.Module, *, lr: float, weight_decay: float, kernel: bool = False
 ) -> torch.optim.Optimizer:
-    """`adamw` (float32 masters and moments), `adamw8bit` (exact masters, 8-bit moments) or `flashadamw`."""
+    """`adamw` (float32 masters and moments), `adamw8bit` (exact masters, 8-bit moments), `muon` or `flashadamw`."""
+    if name == "muon":
+        from muon import Muon, muon_groups
+
+        return Muon(muon_groups(module, weight_decay), lr=lr, kernel=kernel)
     groups = parameter_groups(module, weight_decay)
     if name == "adamw":
         return MasterAdamW(groups, lr=lr)
@@ -112,8 +116,12 @@ class MasterAdamW(_SkippingOptimizer):
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None and local(p).numel()]
             if parameters:
-                self._fused_step(parameters, group)
+                self._update(parameters, group)
         return loss
+
+    def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """One update of parameters of a group that have gradients."""
+        self._fused_step(parameters, group)
 
     def _fused_step(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         states = [self._exact_state(p) for p in parameters]
@@ -167,25 +175,21 @@ class AdamW8bit(MasterAdamW):
         super().__init__(params, lr)
         self.kernel = kernel
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        loss = None if closure is None else torch.enable_grad()(closure)()
-        for group in self.param_groups:
-            live = [p for p in group["params"] if p.grad is not None and local(p).numel()]
-            exact = [p for p in live if block_length(local(p)) is None]
-            if exact:
-                self._fused_step(exact, group)
-            blocked = [p for p in live if block_length(local(p)) is not None]
-            if not blocked:
-                continue
-            scale, found = self._controls(local(blocked[0]).device)
-            states = [self._block_state(p) for p in blocked]
-            steps = [state["step"] for state in states]
-            advance(steps, found)
-            scalars = step_scalars(torch.stack(steps), group["lr"], group["weight_decay"], scale)
-            for index, (p, state) in enumerate(zip(blocked, states)):
-                self._update_blocks(local(p.detach()), local(p.grad), state, scalars, index, found)
-        return loss
+    def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        exact = [p for p in parameters if block_length(local(p)) is None]
+        if exact:
+            self._fused_step(exact, group)
+        blocked = [p for p in parameters if block_length(local(p)) is not None]
+        if not blocked:
+            return
+        scale, found = self._controls(local(blocked[0]).device)
+        states = [self._block_state(p) for p in blocked]
+        steps = [state["step"] for state in states]
+        advance(steps, found)
+        scalars = step_scalars(torch.stack(steps), group["lr"], group["weight_decay"], scale)
+        for index, (p, state) in enumerate(zip(blocked, states)):
+            gradient: Any = p.grad
+            self._update_blocks(local(p.detach()), local(gradient), state, scalars, index, found)
 
     def _update_blocks(
         self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], scalars: Tensor, index: int, found: Tensor

@@ -17,6 +17,7 @@ from acceleration import UpdateInBackward, accelerate, compiles
 from arguments import UserError, auto_layers
 from cuda_graphs import CapturedMicroStep, captures
 from data import SourceSpec, build_loader, estimate_steps_per_epoch
+from distillation import DistillationStep, kd_micro_step
 from initialization import calibrate_mixers, student_config
 from layer_choice import choose_layers
 from memory import GIB, MemoryEstimate, estimate_memory
@@ -42,7 +43,7 @@ from mohawk import AlignmentStep, trained_mixers
 from optimizer import build_optimizer, build_schedule
 from parallel import Ranks
 from teacher import HostTeacher, OwnTeacher
-from trainer import DistillationStep, Stage, kd_micro_step
+from trainer import Stage
 
 log = logging.getLogger(__name__)
 
@@ -166,6 +167,7 @@ def connect(args: argparse.Namespace, models: Models, ranks: Ranks) -> None:
         temperature=args.temperature,
         kl_weight=args.kl_weight,
         ce_weight=args.ce_weight,
+        layer_weight=args.layer_weight,
         compile=compiles(args),
         autocast=torch.float16 if models.dtype == torch.float16 else None,
     )
@@ -180,7 +182,7 @@ def serves_host(args: argparse.Namespace, ranks: Ranks) -> bool:
 def hidden_states(args: argparse.Namespace, models: Models, ranks: Ranks) -> OwnTeacher | HostTeacher:
     """Where the teacher's hidden states come from. A host's teacher moves to its device, and goes on other ranks."""
     if not serves_host(args, ranks):
-        return OwnTeacher(models.teacher, models.device)
+        return OwnTeacher(models.teacher, models.device, every_layer=args.layer_weight > 0)
     teacher: Any = models.teacher
     place = torch.device(args.teacher_device)
     if ranks.local_rank == 0:

@@ -19,25 +19,29 @@ LATER: Any = {"non_blocking": True}
 class TeacherBackbone(nn.Module):
     """The teacher up to its final norm, as one module (so that it can be sharded as one)."""
 
-    def __init__(self, teacher: Any):
+    def __init__(self, teacher: Any, every_layer: bool = False):
         super().__init__()
-        self.layers = teacher.model.layers
+        self.layers, self.every_layer = teacher.model.layers, every_layer
         self.teacher = [teacher]  # in a list: what is not a layer is no part of this module
 
     def forward(self, inputs: Tensor, positions: Tensor | None) -> Tensor:
-        """Hidden states [b, t, d] for inputs int64 [b, t]; positions [b, t] restart at each document."""
-        return teacher_hidden(self.teacher[0], inputs, positions)
+        """Hidden states [b, t, d] for inputs int64 [b, t]; positions [b, t] restart at each document.
+
+        [L, b, t, d] where those of every layer are asked for.
+        """
+        return teacher_hidden(self.teacher[0], inputs, positions, self.every_layer)
 
 
 class OwnTeacher:
     """A teacher of this rank's own. On a device of its own it works one batch ahead, on streams of its own.
 
+    every_layer: give [L, b, t, d], the hidden states after every layer, instead of [b, t, d].
     Its forward pass then overlaps the student's forward and backward pass. Tokens go to it straight from the host,
     and its results are copied on a stream beside the student's, so that neither waits for the student's queue.
     """
 
-    def __init__(self, teacher: Any, device: torch.device, *, ahead: bool | None = None):
-        self.backbone = TeacherBackbone(teacher)
+    def __init__(self, teacher: Any, device: torch.device, *, ahead: bool | None = None, every_layer: bool = False):
+        self.backbone = TeacherBackbone(teacher, every_layer)
         self.device, self.teacher_device = device, teacher.device
         self.ahead = device != self.teacher_device if ahead is None else ahead
         self.streams = self.ahead and device.type == self.teacher_device.type == "cuda"
@@ -62,7 +66,7 @@ class OwnTeacher:
             batch.ready.record(self.copies)
 
     def finish(self, batch: DeviceBatch) -> Tensor:
-        """The batch's hidden states [b, t, d], on the student's device, for work on the current stream."""
+        """The batch's hidden states, on the student's device, for work on the current stream."""
         if batch.teacher_hidden is None:
             self.prepare(batch)
         hidden = batch.teacher_hidden

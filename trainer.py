@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from losses import KDTerms, chunked_kd_loss
 from meter import BadStepWatch, Meter, Reading, Sums, TooManyBadSteps
 from optimizer import clip_and_step
 from parallel import Ranks
@@ -112,92 +111,9 @@ class DeviceBatch:
     loader_state: dict[str, Any]  # the loader's state after this batch
     source: Any = None  # the `data.Batch` on the host
     following: "DeviceBatch | None" = None  # the next one, with `Stage.ahead`
-    teacher_hidden: torch.Tensor | None = None  # [b, t, d]
+    teacher_hidden: torch.Tensor | None = None  # [b, t, d], or [L, b, t, d] of every layer
     ready: Any = None  # what to wait for before teacher_hidden is used
     kept: Any = None  # memory that must not be given back before then
-
-
-class DistillationStep(nn.Module):
-    """Student forward and loss as one module, so that DDP and FSDP2 see one forward with every parameter in it."""
-
-    def __init__(
-        self,
-        student: Any,
-        teacher_head: torch.Tensor | None,
-        *,
-        temperature: float = 1.0,
-        kl_weight: float = 1.0,
-        ce_weight: float = 0.0,
-        accumulate_head_in_place: bool = True,
-        compile: bool = False,
-        autocast: torch.dtype | None = None,
-    ):
-        super().__init__()
-        self.student: Any = student
-        self.teacher_head = [teacher_head]  # in a list: no parameter or buffer of this module
-        self.options: dict[str, Any] = dict(
-            temperature=temperature, kl_weight=kl_weight, ce_weight=ce_weight, compile=compile
-        )
-        self.accumulate_head_in_place = accumulate_head_in_place
-        self.autocast = autocast
-
-    def forward(
-        self,
-        inputs: torch.Tensor,
-        labels: torch.Tensor,
-        valid: torch.Tensor,
-        position_ids: torch.Tensor | None,
-        teacher_hidden: torch.Tensor | None,
-        grad_scale: torch.Tensor,
-    ) -> KDTerms:
-        """Loss terms of one batch (see `losses.chunked_kd_loss`); inputs, labels int64 [b, t]."""
-        with torch.autocast(inputs.device.type, self.autocast, enabled=self.autocast is not None):
-            hidden = self.student.backbone(inputs, position_ids=position_ids).last_hidden_state
-        if hasattr(self.student.lm_head, "unshard"):  # FSDP2 does so for a module's own forward, which is not used
-            self.student.lm_head.unshard()
-        head = self.student.lm_head.weight
-        return chunked_kd_loss(
-            hidden,
-            head,
-            teacher_hidden,
-            self.teacher_head[0],
-            labels,
-            valid,
-            grad_scale=grad_scale,
-            head_grad=self._head_gradient(head),
-            **self.options,
-        )
-
-    def _head_gradient(self, head: nn.Parameter) -> torch.Tensor | None:
-        """The head's float32 gradient, accumulated in place; None leaves it to autograd (tied or distributed)."""
-        if not (head.requires_grad and self.accumulate_head_in_place and torch.is_grad_enabled()):
-            return None
-        if head.grad is None and head.dtype in (torch.bfloat16, torch.float16):
-            head.grad_dtype = torch.float32
-        if head is self.student.backbone.embedding.weight:
-            return None
-        if head.grad is None:
-            head.grad = torch.zeros_like(head, dtype=torch.promote_types(head.dtype, torch.float32))
-        return head.grad
-
-
-def kd_micro_step(step: nn.Module, teacher: Any):
-    """The micro step of the KD stages: the teacher (also for the batch that follows), student, loss, backward."""
-
-    def micro_step(batch: DeviceBatch, grad_scale: torch.Tensor) -> Sums:
-        hidden = None if teacher is None else teacher.finish(batch)
-        if teacher is not None and batch.following is not None:
-            teacher.prepare(batch.following)
-        terms = step(batch.inputs, batch.labels, batch.valid, batch.position_ids, hidden, grad_scale)
-        terms.loss.backward()
-        return {
-            "loss": terms.loss_sum,
-            "kl": terms.kl_sum,
-            "ce": terms.ce_sum,
-            "top1_agreement": terms.agree_sum,
-        }
-
-    return micro_step
 
 
 def feed(stage: Stage) -> Generator[DeviceBatch]:

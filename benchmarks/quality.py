@@ -4,10 +4,11 @@
     python benchmarks/quality.py --output runs/quality --device cuda:1 --only hand-3 hand-10  # beside it
     python benchmarks/quality.py --output runs/quality --report  # table and plot alone
 
-An experiment is a line of `quality.txt`: a name and flags of train.py. Each is `train.main` in this process, so
-that imports, compiled layers and the judging teacher are there from the second one on. All stages of an experiment
-share `--tokens`. After each, a line goes to `results.jsonl`, and `results.md` and `results.png` are made anew; what
-is already there is not run again, and a run that was killed goes on from its checkpoint.
+An experiment is a line of `quality.txt`: a name and flags of train.py, or `--tokens N` for another budget. Each is
+`train.main` in this process, so that imports, compiled layers and the judging teacher are there from the second one
+on. All stages of an experiment share its tokens. After each, a line goes to `results.jsonl`, and `results.md` and
+`results.png` are made anew; what is already there is not run again, and a run that was killed goes on from its
+checkpoint.
 """
 
 import argparse
@@ -79,6 +80,7 @@ def command_line(bench: argparse.Namespace, name: str, flags: list[str]) -> list
     """The whole line for train.py, with `--max_steps` from what the other stages leave of the budget."""
     import stages
 
+    tokens, flags = budget(bench, flags)
     line = [
         "--teacher_model", bench.teacher, "--student_model", "from_teacher", "--seq_length", str(bench.seq_length),
         "--dataset_name", bench.train, "--dataset_subset", "", "--second_dataset_name", bench.stage2,
@@ -93,11 +95,24 @@ def command_line(bench: argparse.Namespace, name: str, flags: list[str]) -> list
     others = [name for name in stages.stage_names(args) if name != "stage1"]
     steps = {name: stages.total_steps(args, name, None, 1) for name in others}
     spent = sum(steps[name] * sequences * stages.sequence_length(args, name) for name in others)
-    left = (bench.tokens - spent) // (sequences * args.seq_length)
+    left = (tokens - spent) // (sequences * args.seq_length)
     if left < 1:
-        raise UserError(f"{name}: the other stages take {spent:,} of --tokens {bench.tokens:,}; stage 1 needs a step")
+        raise UserError(f"{name}: the other stages take {spent:,} of --tokens {tokens:,}; stage 1 needs a step")
     total = left + sum(steps.values())
     return [*line, "--max_steps", str(left), "--eval_interval", str(max(1, total // max(1, bench.evaluations)))]
+
+
+def budget(bench: argparse.Namespace, flags: list[str]) -> tuple[int, list[str]]:
+    """Tokens of all stages of an experiment (the last `--tokens N` of its line, or the bench's) and its other flags."""
+    tokens, rest = bench.tokens, list(flags)
+    while "--tokens" in rest:
+        at = rest.index("--tokens")
+        try:
+            tokens = int(rest[at + 1])
+        except (IndexError, ValueError):
+            raise UserError(f"--experiments: --tokens {' '.join(rest[at + 1 : at + 2])} is no number") from None
+        del rest[at : at + 2]
+    return tokens, rest
 
 
 class Judge:
@@ -174,7 +189,6 @@ def run(bench: argparse.Namespace, name: str, line: list[str], judge: Judge) -> 
         "name": name,
         "flags": shlex.join(line[line.index("--output_dir") + 2 :]),  # the experiment's own
         "command": shlex.join(["python", "train.py", *line]),
-        "tokens": bench.tokens,
         "device": torch.cuda.get_device_name(bench.device) if on_gpu else "CPU",
         "versions": library_versions(),
     }
@@ -213,18 +227,28 @@ def table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table, a row an experiment."""
     tasks = list(dict.fromkeys(task for row in rows for task in row["recall"]))
     teacher = next((row["recall"] for row in rows if row["recall"]), {})
-    heads = ["experiment", "attention layers", "KL", "top-1", "perplexity ratio", "tokens/s by stage", *tasks]
+    heads = [
+        "experiment",
+        "attention layers",
+        "million tokens",
+        "KL",
+        "top-1",
+        "perplexity ratio",
+        "tokens/s by stage",
+        *tasks,
+    ]
     lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     for row in rows:
         held = row["held_out"]
         speeds = ", ".join(f"{stage} {found['tokens_per_second']:,.0f}" for stage, found in row["stages"].items())
         layers = " ".join(map(str, row["attention_layers"])) or "none"
-        cells = [row["name"], layers, f"{held['kl']:.4f}", f"{held['top1_agreement']:.1%}"]
+        tokens = sum(found["tokens"] for found in row["stages"].values()) / 1e6
+        cells = [row["name"], layers, f"{tokens:.1f}", f"{held['kl']:.4f}", f"{held['top1_agreement']:.1%}"]
         cells += [f"{held['perplexity_ratio']:.3f}", speeds]
         cells += [f"{row['recall'][task]['student']:.0%}" if task in row["recall"] else "" for task in tasks]
         lines.append("| " + " | ".join(cells) + " |")
     if teacher:
-        cells = ["teacher", "all", "0", "100%", "1", "", *(f"{teacher[t]['teacher']:.0%}" for t in tasks)]
+        cells = ["teacher", "all", "", "0", "100%", "1", "", *(f"{teacher[t]['teacher']:.0%}" for t in tasks)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n\n" + "\n".join(f"- {row['name']}: `{row['flags']}`" for row in rows) + "\n"
 

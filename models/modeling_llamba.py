@@ -72,8 +72,9 @@ class LlambaMixer(nn.Module):
         self.n_v_heads, self.n_qk_heads = ssm["n_v_heads"], ssm["n_qk_heads"]
         self.d_head = self.d_inner // self.n_v_heads
         self.d_conv = self.d_inner + 2 * self.n_qk_heads * self.d_state
-        width = self.d_conv + self.d_inner + self.n_v_heads
-        self.in_proj = nn.Linear(config.d_model, width, bias=ssm["bias"])
+        groups = self.n_qk_heads * self.d_state
+        self.in_proj_rows = (self.d_inner, groups, groups, self.d_inner, self.n_v_heads)  # x, B, C, z, A_log
+        self.in_proj = nn.Linear(config.d_model, sum(self.in_proj_rows), bias=ssm["bias"])
         self.z_bias = nn.Parameter(torch.zeros(self.d_inner))
         self.conv1d: Any = nn.Conv1d(self.d_conv, self.d_conv, CONV_WIDTH, groups=self.d_conv, bias=True)
         self.D = nn.Parameter(torch.ones(self.n_v_heads))
@@ -241,8 +242,9 @@ class LlambaModel(LlambaPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool = False,
+        output_hidden_states: bool = False,
     ) -> BaseModelOutputWithPast:
-        """Hidden states after the final norm [b, t, d] for input_ids [b, t].
+        """Hidden states after the final norm [b, t, d] for input_ids [b, t]; on request every layer's input too.
 
         position_ids [b, t] that restart at 0 without a cache or mask mark packed documents, which are kept apart:
         attention by transformers' own packed mask, mixers by resetting convolution and state.
@@ -260,14 +262,19 @@ class LlambaModel(LlambaPreTrainedModel):
             attention = AttentionInputs(
                 self.attention_config, self.rotary_emb, hidden, position_ids, attention_mask, past_key_values, indices
             )
+        inputs = []
         for index, layer in enumerate(self.layers):
+            inputs.append(hidden)
             if attention is not None and index in self.config.attention_layers:
                 options = attention.for_layer(index)
                 hidden = layer(hidden, past_key_values=past_key_values, use_cache=use_cache, **options)
             else:
                 hidden = layer(hidden, resets, padding, caches[index] if caches else None)
+        hidden = self.final_layernorm(hidden)
         return BaseModelOutputWithPast(
-            last_hidden_state=self.final_layernorm(hidden), past_key_values=past_key_values
+            last_hidden_state=hidden,
+            past_key_values=past_key_values,
+            hidden_states=(*inputs, hidden) if output_hidden_states else None,
         )
 
     def _layer_caches(self, cache: Cache | None) -> list[Any] | None:
@@ -334,6 +341,7 @@ class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool = False,
         logits_to_keep: int | Tensor = 0,
         **unknown: Any,
     ) -> CausalLMOutputWithPast:
@@ -349,13 +357,19 @@ class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=output.past_key_values)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+        )
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         """`generate()` passes over arguments that it does not know."""

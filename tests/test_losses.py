@@ -41,8 +41,9 @@ def test_chunked_equals_dense_in_float64(dtype, n, weights, in_place):
     given.loss.backward()
     assert (head.grad is None) == in_place
     pairs = [(hidden.grad, exact_hidden.grad), (buffer if in_place else head.grad, exact_head.grad)]
-    # bf16 logits tie for the top choice now and then, so agreement is compared in wider types alone
-    compared = [name for name in given._fields if name != "agree_sum" or dtype != torch.bfloat16]
+    # bf16 logits tie for the top choice now and then, so agreement is compared in wider types alone; layers: no part
+    left_out = {"layer_sum"} | ({"agree_sum"} if dtype == torch.bfloat16 else set())
+    compared = [name for name in given._fields if name not in left_out]
     pairs += [(getattr(given, name), getattr(wanted, name)) for name in compared]
     assert max(error(a.detach(), b.detach()) for a, b in pairs) < TOLERANCE[dtype]
 
@@ -63,7 +64,7 @@ def test_nothing_valid_gives_zero_and_no_nan():
         hidden.requires_grad_(), head, theirs, their_head, labels, torch.zeros(9, dtype=torch.bool)
     )
     terms.loss.backward()
-    assert all(value.item() == 0 for value in terms)
+    assert all(value.item() == 0 for value in terms if value is not None)
     assert not hidden.grad.any() and not head.grad.any()
 
 

@@ -10,12 +10,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from distillation import kd_micro_step
 from losses import chunked_kd_loss
 from optimizer import clip_and_step
 from teacher import OwnTeacher
 from test_model_utils import TEACHERS, make_student, make_teacher
 from test_trainer import batches_of, make_stage
-from trainer import feed, kd_micro_step
+from trainer import feed
 
 WINDOW = 4  # micro steps of an optimizer step
 TOKENS = 64  # of a sequence

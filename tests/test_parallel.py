@@ -1,5 +1,6 @@
 """Several ranks by real torchrun with gloo: the same numbers, the same files, signals, and ranks that die."""
 
+import functools
 import os
 import re
 import shutil
@@ -18,11 +19,11 @@ import parallel
 import runs
 from arguments import parse_arguments
 from conftest import ROOT, tiny_llama_config
+from distillation import DistillationStep
 from initialization import student_config
 from memory import StepModel, estimate_memory, meta_student
 from parallel import Ranks
 from stages import settle_parallel
-from trainer import DistillationStep
 
 pytestmark = pytest.mark.slow
 
@@ -70,16 +71,24 @@ def alone(tmp_path_factory, tiny_teacher, sources):
         {"parallel": "fsdp"},
         {"parallel": "ddp", "teacher_device": "cpu"},
         {"parallel": "fsdp", "freeze_mlp": True, "freeze_embeddings": True},
+        {"parallel": "ddp", "layer_weight": 2.0},
+        {"parallel": "fsdp", "layer_weight": 2.0},
     ],
-    ids=["ddp", "fsdp", "one teacher for the host", "fsdp, most of it frozen"],
+    ids=[
+        "ddp",
+        "fsdp",
+        "one teacher for the host",
+        "fsdp, most of it frozen",
+        "ddp, every layer matched",
+        "fsdp, every layer matched",
+    ],
 )
 def test_two_ranks_equal_one_with_twice_the_batch(extra, alone, tiny_teacher, sources, tmp_path):
-    if "freeze_mlp" in extra:
-        frozen = tmp_path / "alone"
-        flags = {name: True for name in extra if name.startswith("freeze")}
-        launch(0, runs.flags(tiny_teacher, sources, frozen, batch_size=4, **flags, **EXACT))
-        alone = frozen
-    run = launch(2, runs.flags(tiny_teacher, sources, tmp_path / "run", batch_size=2, **EXACT, **extra))
+    flags = {name: value for name, value in extra.items() if name not in ("parallel", "teacher_device")}
+    if flags:
+        alone = tmp_path / "alone"
+        launch(0, runs.flags(tiny_teacher, sources, alone, batch_size=4, **EXACT | flags))
+    run = launch(2, runs.flags(tiny_teacher, sources, tmp_path / "run", batch_size=2, **EXACT | extra))
     expected, found = runs.losses(alone), runs.losses(tmp_path / "run")
     assert len(expected) == len(found) == 10
     for (step, loss, norm), (other_step, other_loss, other_norm) in zip(expected, found):
@@ -96,21 +105,27 @@ def test_two_ranks_equal_one_with_twice_the_batch(extra, alone, tiny_teacher, so
 
 
 @pytest.fixture(scope="module")
-def alone_8bit(tmp_path_factory, tiny_teacher, sources):
-    """As `alone`, with the low-memory optimizer."""
-    folder = tmp_path_factory.mktemp("alone-8bit")
-    launch(0, runs.flags(tiny_teacher, sources, folder, batch_size=4, **EXACT | {"optimizer": "adamw8bit"}))
-    return folder
+def alone_with(tmp_path_factory, tiny_teacher, sources):
+    """As `alone`, with another optimizer: a function from its name to the folder."""
+
+    @functools.cache
+    def run(optimizer):
+        folder = tmp_path_factory.mktemp(f"alone-{optimizer}")
+        launch(0, runs.flags(tiny_teacher, sources, folder, batch_size=4, **EXACT | {"optimizer": optimizer}))
+        return folder
+
+    return run
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_two_ranks_equal_one_with_8_bit_moments_and_one_goes_on(way, alone_8bit, tiny_teacher, sources, tmp_path):
+@pytest.mark.parametrize("way, optimizer", [("ddp", "adamw8bit"), ("fsdp", "adamw8bit"), ("ddp", "muon")])
+def test_two_ranks_equal_one_and_one_goes_on(way, optimizer, alone_with, tiny_teacher, sources, tmp_path):
     """Gradients differ by rounding, and rounding decides which of two codes a moment takes: 2% of a tensor's way.
 
     Losses and norms hardly see that. 5% is allowed of how far the second half of the run moved each tensor; with
     gradients that are not averaged it is 17% to 116%.
     """
-    shared = {**EXACT, "optimizer": "adamw8bit", "save_interval": 10}  # micro steps
+    alone = alone_with(optimizer)
+    shared = {**EXACT, "optimizer": optimizer, "save_interval": 10}  # micro steps
     two, one = tmp_path / "two", tmp_path / "one"
     launch(2, runs.flags(tiny_teacher, sources, two, batch_size=2, parallel=way, **shared))
     shutil.copytree(two, one)
@@ -118,8 +133,8 @@ def test_two_ranks_equal_one_with_8_bit_moments_and_one_goes_on(way, alone_8bit,
         shutil.rmtree(one / later)
     run = launch(0, runs.flags(tiny_teacher, sources, one, batch_size=4, **shared))
     assert "resuming" in run.output and "checkpoint-5" in run.output
-    expected = runs.losses(alone_8bit)
-    halfway, end = runs.weights(two / "checkpoint-5"), runs.weights(alone_8bit / "final")
+    expected = runs.losses(alone)
+    halfway, end = runs.weights(two / "checkpoint-5"), runs.weights(alone / "final")
     for folder in (two, one):
         found, weights = runs.losses(folder), runs.weights(folder / "final")
         assert [step for step, *_ in found] == [step for step, *_ in expected] == list(range(1, 11))

@@ -6,16 +6,15 @@ import torch
 from torch import nn
 
 from data import Batch
+from distillation import DistillationStep, kd_micro_step
 from optimizer import build_optimizer, build_schedule
 from teacher import OwnTeacher
 from test_model_utils import TEACHERS, make_student, make_teacher
 from trainer import (
-    DistillationStep,
     Progress,
     Services,
     Stage,
     accumulate,
-    kd_micro_step,
     run_stage,
     to_device,
     windows,
@@ -49,7 +48,7 @@ def batches_of(tokens, valid, size):
 def make_stage(teacher, student, batches, accumulation=1, steps=10, **options):
     module = DistillationStep(student, teacher.lm_head.weight, **options)
 
-    own = OwnTeacher(teacher, torch.device("cpu"))
+    own = OwnTeacher(teacher, torch.device("cpu"), every_layer=module.layer_weight > 0)
     optimizer = build_optimizer("adamw", module, lr=1e-3, weight_decay=0.1)
     rates = dict(max_lr=1e-3, min_lr=1e-5, warmup_ratio=0.1, decay_ratio=0.1)
     schedule = build_schedule(optimizer, steps, **rates)
