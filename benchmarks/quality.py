@@ -103,7 +103,7 @@ def command_line(bench: argparse.Namespace, name: str, flags: list[str]) -> list
 
 
 def budget(bench: argparse.Namespace, flags: list[str]) -> tuple[int, list[str]]:
-    """Tokens of all stages of an experiment (the last `--tokens N` of its line, or the bench's) and its other flags."""
+    """Tokens of all stages of an experiment (its last `--tokens N`, or the bench's), and its other flags."""
     tokens, rest = bench.tokens, list(flags)
     while "--tokens" in rest:
         at = rest.index("--tokens")
