@@ -80,6 +80,8 @@ def check_devices(args: Any, ranks: Any) -> tuple[torch.device, torch.device]:
     """
     args.device = ranks.device(args.device)
     own = check_device(args.device)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)  # Triton's kernels and CUDA graphs are launched on the current device
     if args.teacher_device is None:
         return own, own
     theirs = check_device(args.teacher_device)

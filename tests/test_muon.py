@@ -194,7 +194,7 @@ def test_a_resumed_run_ends_bit_for_bit(tiny_teacher, sources, tmp_path, run_scr
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_compiled_updates_are_the_eager_ones(dtype):
     module = Mixer(dtype).cuda()
-    twin, start = copy.deepcopy(module), module.in_proj.weight.detach().float()
+    twin, start = copy.deepcopy(module), module.in_proj.weight.detach().float().clone()
     eager = Muon(muon_groups(module, 0.1), lr=1e-2)
     kernel = Muon(muon_groups(twin, 0.1), lr=1e-2, kernel=True)
     for _ in range(5):
