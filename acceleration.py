@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from arguments import UserError
-from losses import chunked_kd_loss
+from losses import chunked_kd_loss, layer_distance, maybe_compiled
 from model_utils import teacher_hidden
 from optimizer import block_length, build_optimizer
 
@@ -316,19 +316,23 @@ def trial_step(args: argparse.Namespace, models: Any) -> None:
     if args.document_reset:  # two documents, so that attention gets its mask
         positions = torch.arange(shape[1], device=models.device) % max(1, shape[1] // 2)
         positions = positions.expand(shape).contiguous()
-    theirs, their_head = None, None
+    theirs, their_head, matches = None, None, args.layer_weight > 0
     if args.kl_weight > 0:
         where = None if positions is None else positions.to(models.teacher_device)
-        theirs = teacher_hidden(models.teacher, tokens.to(models.teacher_device), where).to(models.device)
+        theirs = teacher_hidden(models.teacher, tokens.to(models.teacher_device), where, matches).to(models.device)
         their_head = models.teacher.get_output_embeddings().weight.to(models.device)
     half = torch.float16 if models.dtype == torch.float16 else None
     with torch.autocast(models.device.type, half, enabled=half is not None):
-        hidden = models.student.backbone(tokens, position_ids=positions).last_hidden_state
+        states = models.student.backbone(tokens, position_ids=positions, output_hidden_states=matches)
     options = dict(temperature=args.temperature, kl_weight=args.kl_weight, ce_weight=args.ce_weight)
     head = models.student.lm_head.weight.detach()
     valid = torch.ones(shape, dtype=torch.bool, device=models.device)
-    terms = chunked_kd_loss(hidden, head, theirs, their_head, tokens, valid, compile=True, **options)
-    terms.loss.backward()
+    last = theirs[-1] if theirs is not None and matches else theirs
+    terms = chunked_kd_loss(states.last_hidden_state, head, last, their_head, tokens, valid, compile=True, **options)
+    loss = terms.loss
+    if theirs is not None and matches:
+        loss = loss + maybe_compiled(layer_distance, True)(states.hidden_states[1], theirs[0], valid)
+    loss.backward()
     _try_optimizer(args, models.student)
 
 

@@ -177,7 +177,12 @@ def build_parser() -> Parser:
     add("--temperature", type=real(0, above=True), default=1.0, help="softmax temperature of the distillation term")
     add("--kl_weight", type=real(0), default=1.0, help="weight of the distillation term; 0 runs no teacher forward")
     add("--ce_weight", type=real(0), default=0.0, help="weight of the hard-label cross-entropy")
-    add("--layer_weight", type=real(0), default=0.0, help="weight of every layer's distance to the teacher's; 0: off")
+    add(
+        "--layer_weight",
+        type=real(0),
+        default=0.0,
+        help="weight of the distance to the teacher after each layer but the last; 0: off",
+    )
 
     add = parser.add_argument_group("alignment stages (MOHAWK)").add_argument
     add("--matrix_tokens", type=whole(0), default=0, help="tokens of the matrix stage; 0: off")

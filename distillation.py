@@ -47,10 +47,16 @@ class DistillationStep(nn.Module):
     ) -> KDTerms:
         """Loss terms of one batch (see `losses.chunked_kd_loss`); inputs, labels int64 [b, t].
 
-        teacher_hidden: `model_utils.teacher_hidden`'s, of the last layer or of every layer. With a `layer_weight`
-        the loss has layer_weight * the mean over layers of `losses.layer_distance` besides.
+        teacher_hidden: `model_utils.teacher_hidden`'s. With a `layer_weight` those of every layer, in training: the
+        loss then has layer_weight * the mean of `losses.layer_distance` over all layers but the last besides, which
+        the distillation term matches itself.
         """
         matches = self.layer_weight > 0 and torch.is_grad_enabled()
+        last = teacher_hidden
+        if matches:
+            if teacher_hidden is None or teacher_hidden.ndim != 4:
+                raise ValueError("a layer_weight needs the teacher's hidden states of every layer (every_layer=True)")
+            last = teacher_hidden[-1]
         with torch.autocast(inputs.device.type, self.autocast, enabled=self.autocast is not None):
             states = self.student.backbone(inputs, position_ids=position_ids, output_hidden_states=matches)
         if hasattr(self.student.lm_head, "unshard"):  # FSDP2 does so for a module's own forward, which is not used
@@ -59,7 +65,7 @@ class DistillationStep(nn.Module):
         terms = chunked_kd_loss(
             states.last_hidden_state,
             head,
-            None if teacher_hidden is None else last_states(teacher_hidden),
+            last,
             self.teacher_head[0],
             labels,
             valid,
@@ -69,8 +75,7 @@ class DistillationStep(nn.Module):
         )
         if not matches:
             return terms
-        if teacher_hidden is None or teacher_hidden.ndim != 4:
-            raise ValueError("a layer_weight needs the teacher's hidden states of every layer (every_layer=True)")
+        assert teacher_hidden is not None
         distance = maybe_compiled(layer_distance, self.options["compile"])
         pairs = zip(states.hidden_states[1:-1], teacher_hidden[:-1], strict=True)
         layer_sum = torch.stack([distance(ours, theirs, valid) for ours, theirs in pairs]).mean()
@@ -95,6 +100,7 @@ def kd_micro_step(step: nn.Module, teacher: Any):
 
     def micro_step(batch: DeviceBatch, grad_scale: torch.Tensor) -> Sums:
         hidden = None if teacher is None else teacher.finish(batch)
+        batch.teacher_hidden = None  # a window keeps its batches, and with every layer these are large
         if teacher is not None and batch.following is not None:
             teacher.prepare(batch.following)
         terms = step(batch.inputs, batch.labels, batch.valid, batch.position_ids, hidden, grad_scale)
@@ -108,8 +114,3 @@ def kd_micro_step(step: nn.Module, teacher: Any):
         return sums if terms.layer_sum is None else {**sums, "layer_distance": terms.layer_sum}
 
     return micro_step
-
-
-def last_states(hidden: torch.Tensor) -> torch.Tensor:
-    """The hidden states [b, t, d] after the final norm, of those of one layer or of all [L, b, t, d]."""
-    return hidden[-1] if hidden.ndim == 4 else hidden

@@ -95,12 +95,11 @@ def held_out_sums(step: Any, hidden_states: Any, teacher_head: Any, batch: Any, 
     """
     import torch
 
-    from distillation import last_states
     from losses import chunked_kd_loss
     from trainer import to_device
 
     here = to_device(batch, device, {}, non_blocking=False)
-    theirs = last_states(hidden_states.finish(here))
+    theirs = hidden_states.finish(here)
     one = torch.ones((), device=device)
     terms = step(here.inputs, here.labels, here.valid, here.position_ids, theirs, one)
     options: dict[str, Any] = dict(kl_weight=0.0, ce_weight=1.0)

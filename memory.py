@@ -32,7 +32,8 @@ MARGIN = 0.04  # of what is allocated: rounding and fragments of the allocator
 STATE_BYTES = {"adamw": (12.0, 8.0), "adamw8bit": (4.03, 2.03), "muon": (4.0, 4.0), "flashadamw": (4.1, 4.1)}
 # Bytes a trainable parameter that live only during the update: float32 copies of all gradients, measured temporaries.
 UPDATE_BYTES = {"adamw": (4.0, 0.0), "adamw8bit": (0.0, 0.0), "muon": (0.0, 0.0), "flashadamw": (5.7, 5.7)}
-MUON_BYTES = 24.0  # an entry of the matrices that muon updates together: copies, momentum, the iteration's products
+# Bytes an entry of the matrices that muon updates together, eager and compiled: copies and products, counted.
+MUON_BYTES = (38.0, 24.0)
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ class StepModel:
         return LayerCost(saved, working)
 
     def loss(self) -> float:
-        """Logits of a chunk, the gradient of the hidden states, the teacher's hidden states (of every layer)."""
+        """Logits of a chunk, the gradient of the hidden states, the teacher's hidden states."""
         config = self.student.config
         hidden = self.args.batch_size * self.args.seq_length * config.d_model * self.dtype.itemsize
         logits = self.args.batch_size * self.args.seq_length * config.vocab_size
@@ -183,7 +184,29 @@ class StepModel:
             chunk = (1 + 1 / PARTS_COMPILED) * min(CHUNK_LOGITS_COMPILED, logits) * self.dtype.itemsize
         else:
             chunk = 8.0 * min(CHUNK_LOGITS_EAGER, logits) * 4
-        return chunk + (3.0 + (config.n_layer if self.args.layer_weight else 0)) * hidden
+        return chunk + 3.0 * hidden
+
+    def matched(self) -> float:
+        """What `--layer_weight` holds through a step: the teacher's states (a batch ahead: twice) and the gradients.
+
+        The distances of all layers go backward before the first layer does. Eagerly each keeps a float32 difference.
+        """
+        if not self.args.layer_weight:
+            return 0.0
+        layers = self.student.config.n_layer
+        tokens = self.args.batch_size * self.args.seq_length * self.student.config.d_model
+        differences = 0 if self.compiled else 4 * (layers - 1)
+        states = layers * (1 if self.same_device else 2) + layers - 1
+        return float(tokens * (states * self.dtype.itemsize + differences))
+
+    def muon_bytes(self) -> float:
+        """Temporaries of muon's update: of the largest matrix, or of those that it takes together."""
+        if self.args.optimizer != "muon":
+            return 0.0
+        backbone: Any = self.student.backbone
+        largest = max(p.numel() for layer in backbone.layers for p in layer.parameters())
+        entries = largest if self.update_in_backward else max(STACKED, largest)
+        return entries * MUON_BYTES[self.compiled]
 
     def estimate(self, modes: Sequence[str]) -> MemoryEstimate:
         """The moment of the step in which most is held."""
@@ -194,20 +217,27 @@ class StepModel:
         kept = everything if self.args.grad_accumulation_steps > 1 else 0.0
         in_place = self.update_in_backward or self.replicated  # gradients leave their own memory as they come
         moments = [{"gradients": max(head, kept), "activations": sum(c.saved for c in costs), "loss": self.loss()}]
+        alone = self.muon_bytes() if self.update_in_backward else 0.0
         for index in reversed(range(len(costs))):
             above = 0.0 if in_place else sum(gradients[index + 1 :])
             held = max(head + above + gradients[index], kept)
             alive = sum(c.saved for c in costs[: index + 1]) + costs[index].working
-            moments.append({"gradients": held, "activations": alive, "loss": 0.0})
+            moments.append({"gradients": held, "activations": alive, "loss": 0.0, "update": alone})
         last = head + embedding if in_place else everything
-        backbone: Any = self.student.backbone
         wide = self.parameter_dtype.itemsize == 4
         update = sum(p.numel() for p in self._trainable()) * UPDATE_BYTES[self.args.optimizer][wide]
-        if self.args.optimizer == "muon":
-            update += MUON_BYTES * max(STACKED, *(p.numel() for layer in backbone.layers for p in layer.parameters()))
-        moments.append({"gradients": last, "activations": 0.0, "update": 0.0 if self.update_in_backward else update})
+        update += self.muon_bytes()
+        moments.append(
+            {"gradients": last, "activations": 0.0, "update": alone if self.update_in_backward else update}
+        )
         peak = max(moments, key=lambda moment: sum(moment.values()))
-        parts = {**self.constants, "gradient buckets": self.buckets(), **peak, "workspace": WORKSPACE}
+        parts = {
+            **self.constants,
+            "gradient buckets": self.buckets(),
+            "matched layers": self.matched(),
+            **peak,
+            "workspace": WORKSPACE,
+        }
         return MemoryEstimate(parts, tuple(modes), self._savings(parts, costs))
 
     def _savings(self, parts: dict[str, float], costs: list[LayerCost]) -> dict[str, float]:

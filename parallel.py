@@ -148,10 +148,8 @@ def choose_parallel(args: argparse.Namespace, ranks: Ranks) -> str:
         raise UserError("--optimizer flashadamw works on one rank; under torchrun use adamw8bit or adamw")
     if args.layer_weight and args.teacher_device:
         raise UserError("--layer_weight needs a teacher on every rank; leave --teacher_device out under torchrun")
-    if args.optimizer == "muon":
-        if args.parallel == "fsdp":
-            raise UserError("--optimizer muon updates whole matrices; use --parallel ddp, or --optimizer adamw8bit")
-        return "ddp"
+    if args.optimizer == "muon" and args.parallel == "fsdp":
+        raise UserError("--optimizer muon updates whole matrices; use --parallel ddp, or --optimizer adamw8bit")
     return "ddp" if args.parallel == "auto" and not args.device.startswith("cuda") else args.parallel
 
 

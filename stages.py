@@ -81,6 +81,8 @@ def check_inputs(args: argparse.Namespace, student_source: str, ranks: Ranks) ->
     check_teacher_config(teacher, args.teacher_model)
     fetch_model("--student_model", student_source, args)
     longest = teacher.max_position_embeddings
+    if args.layer_weight and teacher.num_hidden_layers < 2:
+        raise UserError("--layer_weight: the teacher has one layer, which the loss matches already; leave it out")
     lengths = {"seq_length": args.seq_length}
     if args.matrix_tokens:
         lengths["matrix_seq_length"] = args.matrix_seq_length
@@ -114,6 +116,10 @@ def settle_parallel(
             return way, estimate
         if not ranks.agree(free is not None and estimate.needed > free)[0]:
             return "ddp", estimate
+        if args.optimizer == "muon":
+            raise UserError(
+                "--optimizer muon: the models do not fit whole on every rank; use adamw8bit, which shards"
+            )
     return "fsdp", estimated(ranks.world_size)
 
 

@@ -27,9 +27,9 @@ class TeacherBackbone(nn.Module):
     def forward(self, inputs: Tensor, positions: Tensor | None) -> Tensor:
         """Hidden states [b, t, d] for inputs int64 [b, t]; positions [b, t] restart at each document.
 
-        [L, b, t, d] where those of every layer are asked for.
+        [L, b, t, d] where those of every layer are asked for, but not under no_grad: evaluations need the last.
         """
-        return teacher_hidden(self.teacher[0], inputs, positions, self.every_layer)
+        return teacher_hidden(self.teacher[0], inputs, positions, self.every_layer and torch.is_grad_enabled())
 
 
 class OwnTeacher:

@@ -176,6 +176,11 @@ def from_metrics(folder: Path) -> dict[str, Any]:
     return found
 
 
+def own_flags(line: list[str]) -> str:
+    """An experiment's own part of its command line."""
+    return shlex.join(line[line.index("--output_dir") + 2 :])
+
+
 def run(bench: argparse.Namespace, name: str, line: list[str], judge: Judge) -> dict[str, Any]:
     """Train and judge one experiment; its row for results.jsonl, with "error" where it did not end well."""
     import torch
@@ -187,7 +192,7 @@ def run(bench: argparse.Namespace, name: str, line: list[str], judge: Judge) -> 
     on_gpu = bench.device.startswith("cuda")
     row: dict[str, Any] = {
         "name": name,
-        "flags": shlex.join(line[line.index("--output_dir") + 2 :]),  # the experiment's own
+        "flags": own_flags(line),
         "command": shlex.join(["python", "train.py", *line]),
         "device": torch.cuda.get_device_name(bench.device) if on_gpu else "CPU",
         "versions": library_versions(),
@@ -289,7 +294,8 @@ def chosen_lines(bench: argparse.Namespace) -> dict[str, list[str]]:
         raise UserError(f"--only {' '.join(unknown)}: no such experiment in {bench.experiments}")
     names = bench.only or [name for name, flags in experiments.items() if "--layers" in flags]
     done = {} if bench.again else read_results(bench.output)
-    lines = {name: command_line(bench, name, experiments[name]) for name in names if name not in done}
+    lines = {name: command_line(bench, name, experiments[name]) for name in names}
+    lines = {name: line for name, line in lines.items() if name not in done or done[name]["flags"] != own_flags(line)}
     if not bench.list:
         for line in lines.values():
             validate(parse_arguments(line))
@@ -312,7 +318,7 @@ def work(bench: argparse.Namespace, lines: dict[str, list[str]]) -> int:
             )
             break
         print(f"== {number}/{len(lines)} {name}", flush=True)
-        if bench.again:
+        if name in read_results(bench.output):  # of other flags, or to be run again
             shutil.rmtree(bench.output / "runs" / name, ignore_errors=True)
         row = run(bench, name, line, judge)
         longest = max(longest, time.perf_counter() - began - elapsed)

@@ -239,6 +239,8 @@ def measure(
     row: dict[str, Any] = {"way": way, "length": args.seq_length, "batch": args.batch_size}
     device = torch.device(args.device)
     cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(device)
     clock = Clock(device)
     estimate: MemoryEstimate | None = None
     layout = "none"

@@ -264,7 +264,8 @@ class LlambaModel(LlambaPreTrainedModel):
             )
         inputs = []
         for index, layer in enumerate(self.layers):
-            inputs.append(hidden)
+            if output_hidden_states:
+                inputs.append(hidden)
             if attention is not None and index in self.config.attention_layers:
                 options = attention.for_layer(index)
                 hidden = layer(hidden, past_key_values=past_key_values, use_cache=use_cache, **options)

@@ -1,14 +1,20 @@
 """--layer_weight: every layer's distance to the teacher's hidden states as a term of the loss."""
 
+import weakref
+
 import pytest
 import torch
 
 import runs
 from arguments import UserError, parse_arguments, validate
-from distillation import DistillationStep, last_states
+from benchmarks.presets import preset
+from distillation import DistillationStep
 from losses import layer_distance
+from memory import estimate_memory
 from model_utils import teacher_hidden
+from muon import STACKED
 from parallel import Ranks, choose_parallel
+from teacher import OwnTeacher
 from test_model_utils import TEACHERS, make_student, make_teacher
 from test_trainer import batches_of, make_stage
 from trainer import accumulate, to_device
@@ -47,7 +53,7 @@ def test_every_layers_hidden_states_are_the_models_own():
     states = teacher_hidden(teacher, tokens, every_layer=True)
     own = teacher(tokens, output_hidden_states=True, use_cache=False).hidden_states
     assert len(states) == len(own) - 1 and all(torch.equal(a, b) for a, b in zip(states, own[1:]))
-    assert torch.equal(last_states(states), teacher_hidden(teacher, tokens))
+    assert torch.equal(states[-1], teacher_hidden(teacher, tokens))
     found = student(tokens, output_hidden_states=True).hidden_states
     assert len(found) == len(own) and torch.equal(student.lm_head(found[-1]), student(tokens).logits)
     assert student(tokens).hidden_states is None
@@ -87,6 +93,44 @@ def test_a_teacher_that_gives_its_last_layer_alone_is_an_error():
     tokens, valid = torch.randint(0, 512, (4, 6)), torch.ones(4, 6, dtype=torch.bool)
     with pytest.raises(ValueError, match="every layer"):
         step(tokens, tokens, valid, None, teacher_hidden(teacher, tokens), torch.ones(()))
+
+
+def test_a_window_keeps_no_states_and_an_evaluation_makes_the_last_alone():
+    teacher = make_teacher(TEACHERS["grouped queries"])
+    stage = make_stage(teacher, make_student(teacher, [1]), [], layer_weight=1.0)
+    tokens, valid = torch.randint(0, 512, (4, 6)), torch.ones(4, 5, dtype=torch.bool)
+    window = [to_device(batch, CPU, {}, non_blocking=False) for batch in batches_of(tokens, valid, 2)]
+    accumulate(stage, window, lambda: False)
+    assert [batch.teacher_hidden for batch in window] == [None, None]
+    with torch.no_grad():
+        assert OwnTeacher(teacher, CPU, every_layer=True).finish(window[0]).shape == (2, 5, 64)
+
+
+def test_layers_outputs_are_let_go_unless_they_are_asked_for():
+    student = make_student(make_teacher(TEACHERS["grouped queries"]), [1]).eval()
+    alive, seen = [], []
+
+    def look(module, inputs, output):
+        seen.append(weakref.ref(output))
+        alive.append(sum(ref() is not None for ref in seen))
+
+    for layer in student.backbone.layers:
+        layer.register_forward_hook(look)
+    with torch.no_grad():
+        student(torch.randint(0, 512, (1, 6)))
+    assert max(alive) <= 2
+
+
+def test_memory_is_counted():
+    sizes = preset("smollm2")
+    line = ["--layers", "2", "--device", "cpu", "--seq_length", "512", "--gradient_checkpointing", "none"]
+    held = []
+    for flags in ([], ["--layer_weight", "1"], ["--optimizer", "muon"]):
+        args = parse_arguments([*line, *flags])
+        held.append(estimate_memory(sizes.teacher, sizes.student, args))
+    state = 512 * 576 * (59 * 2 + 29 * 4)  # states of 30 layers and gradients of 29 in bf16, differences in float32
+    assert held[1].allocated - held[0].allocated == pytest.approx(state)
+    assert held[2].parts["update"] <= 38 * STACKED
 
 
 def test_flags_that_leave_no_teacher_are_a_users_mistake():

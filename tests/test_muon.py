@@ -9,9 +9,11 @@ from torch import nn
 
 import runs
 from arguments import UserError, parse_arguments
+from benchmarks.presets import preset
 from muon import COEFFICIENTS, ITERATIONS, MOMENTUM, SIZE, Muon, muon_groups, orthogonalised
 from optimizer import build_optimizer, clip_and_step, join_master
 from parallel import Ranks, choose_parallel
+from stages import settle_parallel
 from test_model_utils import TEACHERS, make_student, make_teacher
 
 
@@ -162,12 +164,25 @@ def test_state_of_a_bf16_matrix_is_4_bytes_an_entry():
     assert sum(v.numel() * v.element_size() for v in optimizer.state[linear.weight].values()) == 4 * 64 * 32
 
 
+class FakeRanks(Ranks):
+    """Two ranks that always agree, in one process."""
+
+    def __init__(self):
+        super().__init__(0, 0, 2, 2)
+
+    def agree(self, *flags):
+        return list(flags)
+
+
 def test_sharding_it_is_a_users_mistake():
     ranks = Ranks(0, 0, 2, 2)
     line = ["--optimizer", "muon", "--device", "cpu"]
     with pytest.raises(UserError, match=r"--optimizer muon .* --parallel ddp"):
         choose_parallel(parse_arguments([*line, "--parallel", "fsdp"]), ranks)
     assert choose_parallel(parse_arguments(line), ranks) == "ddp"
+    sizes, args = preset("tiny"), parse_arguments([*line, "--layers", "1", "--seq_length", "64"])
+    with pytest.raises(UserError, match=r"--optimizer muon.*use adamw8bit"):
+        settle_parallel(sizes.teacher, sizes.student, args, "auto", 1.0, FakeRanks())
 
 
 @pytest.mark.slow

@@ -57,6 +57,12 @@ def test_results_table_plot_and_what_is_done_is_not_done_again(bench, tmp_path):
     assert not list((tmp_path / "out" / "runs").glob("one/checkpoint-*"))
     again = bench("--only", "one")
     assert again.returncode == 0 and "==" not in again.stdout and rows_of(tmp_path / "out") == rows
+    text = (tmp_path / "list.txt").read_text()
+    (tmp_path / "list.txt").write_text(text.replace("one: @base", "one: @base --tokens 1024 --max_lr 5e-4"))
+    changed = bench("--only", "one")
+    assert changed.returncode == 0, changed.stderr[-3000:]
+    one = rows_of(tmp_path / "out")["one"]
+    assert "5e-4" in one["flags"] and one["stages"]["stage1"]["tokens"] == 512
 
 
 def test_mistakes_are_found_before_anything_runs(bench, tmp_path):
