@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from arguments import UserError
-from losses import chunked_kd_loss, layer_distance, maybe_compiled
+from losses import chunked_kd_loss, layer_distances
 from model_utils import teacher_hidden
 from optimizer import block_length, build_optimizer
 
@@ -316,7 +316,9 @@ def trial_step(args: argparse.Namespace, models: Any) -> None:
     if args.document_reset:  # two documents, so that attention gets its mask
         positions = torch.arange(shape[1], device=models.device) % max(1, shape[1] // 2)
         positions = positions.expand(shape).contiguous()
-    theirs, their_head, matches = None, None, args.layer_weight > 0
+    matches = args.layer_weight > 0  # the teacher's hidden states are then those of every layer
+    theirs: Any = None
+    their_head = None
     if args.kl_weight > 0:
         where = None if positions is None else positions.to(models.teacher_device)
         theirs = teacher_hidden(models.teacher, tokens.to(models.teacher_device), where, matches).to(models.device)
@@ -327,11 +329,11 @@ def trial_step(args: argparse.Namespace, models: Any) -> None:
     options = dict(temperature=args.temperature, kl_weight=args.kl_weight, ce_weight=args.ce_weight)
     head = models.student.lm_head.weight.detach()
     valid = torch.ones(shape, dtype=torch.bool, device=models.device)
-    last = theirs[-1] if theirs is not None and matches else theirs
+    last = theirs[-1] if matches else theirs
     terms = chunked_kd_loss(states.last_hidden_state, head, last, their_head, tokens, valid, compile=True, **options)
     loss = terms.loss
-    if theirs is not None and matches:
-        loss = loss + maybe_compiled(layer_distance, True)(states.hidden_states[1], theirs[0], valid)
+    if matches:
+        loss = loss + layer_distances(states.hidden_states, theirs, valid, True)
     loss.backward()
     _try_optimizer(args, models.student)
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from losses import KDTerms, chunked_kd_loss, layer_distance, maybe_compiled
+from losses import KDTerms, chunked_kd_loss, layer_distances
 from meter import Sums
 from trainer import DeviceBatch
 
@@ -48,15 +48,12 @@ class DistillationStep(nn.Module):
         """Loss terms of one batch (see `losses.chunked_kd_loss`); inputs, labels int64 [b, t].
 
         teacher_hidden: `model_utils.teacher_hidden`'s. With a `layer_weight` those of every layer, in training: the
-        loss then has layer_weight * the mean of `losses.layer_distance` over all layers but the last besides, which
-        the distillation term matches itself.
+        loss then has layer_weight * `losses.layer_distances` besides. The last layer is the distillation term's.
         """
         matches = self.layer_weight > 0 and torch.is_grad_enabled()
-        last = teacher_hidden
-        if matches:
-            if teacher_hidden is None or teacher_hidden.ndim != 4:
-                raise ValueError("a layer_weight needs the teacher's hidden states of every layer (every_layer=True)")
-            last = teacher_hidden[-1]
+        theirs: Any = teacher_hidden
+        if matches and (theirs is None or theirs.ndim != 4):
+            raise ValueError("a layer_weight needs the teacher's hidden states of every layer (every_layer=True)")
         with torch.autocast(inputs.device.type, self.autocast, enabled=self.autocast is not None):
             states = self.student.backbone(inputs, position_ids=position_ids, output_hidden_states=matches)
         if hasattr(self.student.lm_head, "unshard"):  # FSDP2 does so for a module's own forward, which is not used
@@ -65,7 +62,7 @@ class DistillationStep(nn.Module):
         terms = chunked_kd_loss(
             states.last_hidden_state,
             head,
-            last,
+            theirs[-1] if matches else theirs,
             self.teacher_head[0],
             labels,
             valid,
@@ -75,10 +72,7 @@ class DistillationStep(nn.Module):
         )
         if not matches:
             return terms
-        assert teacher_hidden is not None
-        distance = maybe_compiled(layer_distance, self.options["compile"])
-        pairs = zip(states.hidden_states[1:-1], teacher_hidden[:-1], strict=True)
-        layer_sum = torch.stack([distance(ours, theirs, valid) for ours, theirs in pairs]).mean()
+        layer_sum = layer_distances(states.hidden_states, theirs, valid, self.options["compile"])
         loss = terms.loss + self.layer_weight * grad_scale * layer_sum
         return terms._replace(loss=loss, layer_sum=layer_sum.detach())
 

@@ -7,6 +7,7 @@ no gradient; the reported KL has it taken off, so identical models score 0 (Hint
 Shapes: n tokens, d width, V vocabulary, m tokens of a chunk.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -100,6 +101,7 @@ _compiled: dict[Any, Any] = {}
 
 
 def maybe_compiled(function: Any, compile: bool) -> Any:
+    """The function itself, or its compiled form, of which there is one in a process."""
     if not compile:
         return function
     if function not in _compiled:
@@ -277,6 +279,16 @@ def layer_distance(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
     ours, theirs = student.to(wide), teacher.to(wide)
     distance = (ours - theirs).square().sum(-1) / theirs.square().sum(-1).clamp(min=1e-20)
     return torch.where(valid, distance, 0.0).sum()
+
+
+def layer_distances(ours: Sequence[Tensor], theirs: Tensor, valid: Tensor, compile: bool) -> Tensor:
+    """The mean of `layer_distance` over all layers but the last, a scalar.
+
+    ours: the student's `hidden_states`, L + 1 of [b, t, d]; theirs [L, b, t, d]: `teacher_hidden` of every layer.
+    """
+    distance = maybe_compiled(layer_distance, compile)
+    pairs = zip(ours[1:-1], theirs[:-1], strict=True)
+    return torch.stack([distance(mine, target, valid) for mine, target in pairs]).mean()
 
 
 def part_rows(chunk: int, compile: bool) -> int:

@@ -199,14 +199,20 @@ class StepModel:
         states = layers * (1 if self.same_device else 2) + layers - 1
         return float(tokens * (states * self.dtype.itemsize + differences))
 
-    def muon_bytes(self) -> float:
-        """Temporaries of muon's update: of the largest matrix, or of those that it takes together."""
-        if self.args.optimizer != "muon":
-            return 0.0
-        backbone: Any = self.student.backbone
-        largest = max(p.numel() for layer in backbone.layers for p in layer.parameters())
-        entries = largest if self.update_in_backward else max(STACKED, largest)
-        return entries * MUON_BYTES[self.compiled]
+    def update(self) -> float:
+        """What lives only while weights are updated: all of them together, or one in the backward pass.
+
+        muon takes as many matrices together as STACKED says, or one that is larger.
+        """
+        held = 0.0
+        if not self.update_in_backward:
+            wide = self.parameter_dtype.itemsize == 4
+            held = sum(p.numel() for p in self._trainable()) * UPDATE_BYTES[self.args.optimizer][wide]
+        if self.args.optimizer == "muon":
+            backbone: Any = self.student.backbone
+            largest = max(p.numel() for layer in backbone.layers for p in layer.parameters())
+            held += MUON_BYTES[self.compiled] * (largest if self.update_in_backward else max(STACKED, largest))
+        return held
 
     def estimate(self, modes: Sequence[str]) -> MemoryEstimate:
         """The moment of the step in which most is held."""
@@ -217,19 +223,15 @@ class StepModel:
         kept = everything if self.args.grad_accumulation_steps > 1 else 0.0
         in_place = self.update_in_backward or self.replicated  # gradients leave their own memory as they come
         moments = [{"gradients": max(head, kept), "activations": sum(c.saved for c in costs), "loss": self.loss()}]
-        alone = self.muon_bytes() if self.update_in_backward else 0.0
+        update = self.update()
         for index in reversed(range(len(costs))):
             above = 0.0 if in_place else sum(gradients[index + 1 :])
             held = max(head + above + gradients[index], kept)
             alive = sum(c.saved for c in costs[: index + 1]) + costs[index].working
-            moments.append({"gradients": held, "activations": alive, "loss": 0.0, "update": alone})
+            beside = update if self.update_in_backward else 0.0
+            moments.append({"gradients": held, "activations": alive, "loss": 0.0, "update": beside})
         last = head + embedding if in_place else everything
-        wide = self.parameter_dtype.itemsize == 4
-        update = sum(p.numel() for p in self._trainable()) * UPDATE_BYTES[self.args.optimizer][wide]
-        update += self.muon_bytes()
-        moments.append(
-            {"gradients": last, "activations": 0.0, "update": alone if self.update_in_backward else update}
-        )
+        moments.append({"gradients": last, "activations": 0.0, "update": update})
         peak = max(moments, key=lambda moment: sum(moment.values()))
         parts = {
             **self.constants,

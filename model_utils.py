@@ -118,7 +118,6 @@ def teacher_hidden(
     """The teacher's hidden states after its final norm, [b, t, d], for input_ids [b, t]; no gradient.
 
     every_layer: [L, b, t, d], what each of the L layers but the last gives, and those after the final norm.
-
     Its layers one after the other, as its own model runs them, but without the question to the device whether
     documents are packed, for which the CPU would wait in every step. position_ids [b, t] restart at each document.
     """

@@ -66,7 +66,8 @@ class Muon(AdamW8bit):
             return
         alike: dict[Any, list[nn.Parameter]] = {}
         for p in parameters:
-            alike.setdefault((p.shape, p.dtype, p.grad.dtype if p.grad is not None else None), []).append(p)
+            gradient: Any = p.grad
+            alike.setdefault((p.shape, p.dtype, gradient.dtype), []).append(p)
         for members in alike.values():
             size = max(1, STACKED // members[0].numel())
             for start in range(0, len(members), size):
@@ -76,13 +77,12 @@ class Muon(AdamW8bit):
         """One update of matrices of one shape."""
         scale, found = self._controls(parameters[0].device)
         states = [self._matrix_state(p) for p in parameters]
-        names = list(states[0])
         weights = [p.detach() for p in parameters]
-        gradients = torch.stack([p.grad for p in parameters if p.grad is not None])
+        gradients: list[Any] = [p.grad for p in parameters]
         momenta = torch.stack([state["momentum"] for state in states])
-        average, direction = maybe_compiled(momentum_step, self.kernel)(momenta, gradients, scale, found)
+        average, direction = maybe_compiled(momentum_step, self.kernel)(momenta, torch.stack(gradients), scale, found)
         step = torch.cat([orthogonalised(part) for part in direction.split(group["rows"], dim=1)], dim=1)
-        lows = torch.stack([state["low"] for state in states]) if "low" in names else None
+        lows = torch.stack([state["low"] for state in states]) if "low" in states[0] else None
         scales = row_scales(group["rows"], step) * group["lr"]
         shrink = torch.full_like(scales[0], 1 - group["lr"] * group["weight_decay"])
         move = maybe_compiled(move_masters, self.kernel)
@@ -124,7 +124,7 @@ def move_masters(
 
 
 def row_scales(rows: Sequence[int], step: Tensor) -> Tensor:
-    """SIZE * sqrt(max(m, n)) of the matrix that each row of `step` [k, .., n] belongs to, [sum of rows, 1].
+    """SIZE * sqrt(max(m, n)) of the matrix that each row of `step` [k, sum of rows, n] belongs to, [sum of rows, 1].
 
     Filled on the device: a copy from the host would make it wait.
     """

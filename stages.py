@@ -80,9 +80,9 @@ def check_inputs(args: argparse.Namespace, student_source: str, ranks: Ranks) ->
     teacher = load_config(args.teacher_model, local_files_only=True)
     check_teacher_config(teacher, args.teacher_model)
     fetch_model("--student_model", student_source, args)
-    longest = teacher.max_position_embeddings
     if args.layer_weight and teacher.num_hidden_layers < 2:
         raise UserError("--layer_weight: the teacher has one layer, which the loss matches already; leave it out")
+    longest = teacher.max_position_embeddings
     lengths = {"seq_length": args.seq_length}
     if args.matrix_tokens:
         lengths["matrix_seq_length"] = args.matrix_seq_length

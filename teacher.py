@@ -35,9 +35,9 @@ class TeacherBackbone(nn.Module):
 class OwnTeacher:
     """A teacher of this rank's own. On a device of its own it works one batch ahead, on streams of its own.
 
-    every_layer: give [L, b, t, d], the hidden states after every layer, instead of [b, t, d].
     Its forward pass then overlaps the student's forward and backward pass. Tokens go to it straight from the host,
     and its results are copied on a stream beside the student's, so that neither waits for the student's queue.
+    With `every_layer` it gives hidden states [L, b, t, d] (`model_utils.teacher_hidden`) instead of [b, t, d].
     """
 
     def __init__(self, teacher: Any, device: torch.device, *, ahead: bool | None = None, every_layer: bool = False):

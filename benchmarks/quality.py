@@ -232,16 +232,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table, a row an experiment."""
     tasks = list(dict.fromkeys(task for row in rows for task in row["recall"]))
     teacher = next((row["recall"] for row in rows if row["recall"]), {})
-    heads = [
-        "experiment",
-        "attention layers",
-        "million tokens",
-        "KL",
-        "top-1",
-        "perplexity ratio",
-        "tokens/s by stage",
-        *tasks,
-    ]
+    heads = ["experiment", "attention layers", "million tokens", "KL", "top-1", "perplexity ratio"]
+    heads += ["tokens/s by stage", *tasks]
     lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     for row in rows:
         held = row["held_out"]
@@ -318,7 +310,7 @@ def work(bench: argparse.Namespace, lines: dict[str, list[str]]) -> int:
             )
             break
         print(f"== {number}/{len(lines)} {name}", flush=True)
-        if name in read_results(bench.output):  # of other flags, or to be run again
+        if bench.again or name in read_results(bench.output):  # its result there is of other flags
             shutil.rmtree(bench.output / "runs" / name, ignore_errors=True)
         row = run(bench, name, line, judge)
         longest = max(longest, time.perf_counter() - began - elapsed)

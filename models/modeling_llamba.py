@@ -71,8 +71,8 @@ class LlambaMixer(nn.Module):
         self.d_inner, self.d_state, self.chunk_size = config.d_inner, ssm["d_state"], ssm["chunk_size"]
         self.n_v_heads, self.n_qk_heads = ssm["n_v_heads"], ssm["n_qk_heads"]
         self.d_head = self.d_inner // self.n_v_heads
-        self.d_conv = self.d_inner + 2 * self.n_qk_heads * self.d_state
         groups = self.n_qk_heads * self.d_state
+        self.d_conv = self.d_inner + 2 * groups
         self.in_proj_rows = (self.d_inner, groups, groups, self.d_inner, self.n_v_heads)  # x, B, C, z, A_log
         self.in_proj = nn.Linear(config.d_model, sum(self.in_proj_rows), bias=ssm["bias"])
         self.z_bias = nn.Parameter(torch.zeros(self.d_inner))

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,13 @@ def flags(teacher: Path, sources: dict[str, Path], output: Path, **changes: Any)
         elif value is not None and value is not False:
             line += [name, str(value)]
     return line
+
+
+def copy_up_to(output: Path, checkpoint: str, copy: Path) -> None:
+    """A copy of a run's folder as it was when `checkpoint` was its newest; no other is kept."""
+    shutil.copytree(output, copy)
+    for later in [path for path in copy.iterdir() if path.is_dir() and path.name != checkpoint]:
+        shutil.rmtree(later)
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """Muon against its definition in float64, its exact masters, which matrices it takes, and a resumed run."""
 
 import copy
-import shutil
 
 import pytest
 import torch
@@ -9,12 +8,11 @@ from torch import nn
 
 import runs
 from arguments import UserError, parse_arguments
-from benchmarks.presets import preset
 from muon import COEFFICIENTS, ITERATIONS, MOMENTUM, SIZE, Muon, muon_groups, orthogonalised
 from optimizer import build_optimizer, clip_and_step, join_master
 from parallel import Ranks, choose_parallel
-from stages import settle_parallel
 from test_model_utils import TEACHERS, make_student, make_teacher
+from test_optimizer import step_alike
 
 
 @pytest.mark.parametrize("shape", [(3, 64, 64), (2, 40, 96), (2, 96, 40), (1, 9, 64), (2, 1, 7), (1, 1, 1)])
@@ -164,25 +162,12 @@ def test_state_of_a_bf16_matrix_is_4_bytes_an_entry():
     assert sum(v.numel() * v.element_size() for v in optimizer.state[linear.weight].values()) == 4 * 64 * 32
 
 
-class FakeRanks(Ranks):
-    """Two ranks that always agree, in one process."""
-
-    def __init__(self):
-        super().__init__(0, 0, 2, 2)
-
-    def agree(self, *flags):
-        return list(flags)
-
-
 def test_sharding_it_is_a_users_mistake():
     ranks = Ranks(0, 0, 2, 2)
     line = ["--optimizer", "muon", "--device", "cpu"]
     with pytest.raises(UserError, match=r"--optimizer muon .* --parallel ddp"):
         choose_parallel(parse_arguments([*line, "--parallel", "fsdp"]), ranks)
     assert choose_parallel(parse_arguments(line), ranks) == "ddp"
-    sizes, args = preset("tiny"), parse_arguments([*line, "--layers", "1", "--seq_length", "64"])
-    with pytest.raises(UserError, match=r"--optimizer muon.*use adamw8bit"):
-        settle_parallel(sizes.teacher, sizes.student, args, "auto", 1.0, FakeRanks())
 
 
 @pytest.mark.slow
@@ -195,9 +180,7 @@ def test_a_resumed_run_ends_bit_for_bit(tiny_teacher, sources, tmp_path, run_scr
     done = run_script("train.py", *runs.flags(tiny_teacher, sources, whole, **options))
     assert done.returncode == 0, done.stderr[-2000:]
     assert {"checkpoint-4", "checkpoint-8"} <= {path.name for path in whole.iterdir()}
-    shutil.copytree(whole, again)
-    for later in [path for path in again.iterdir() if path.is_dir() and path.name != "checkpoint-8"]:
-        shutil.rmtree(later)
+    runs.copy_up_to(whole, "checkpoint-8", again)
     done = run_script("train.py", *runs.flags(tiny_teacher, sources, again, **options))
     assert done.returncode == 0 and "checkpoint-8" in done.stdout + done.stderr, done.stderr[-2000:]
     assert runs.losses(again) == runs.losses(whole)
@@ -212,11 +195,6 @@ def test_compiled_updates_are_the_eager_ones(dtype):
     twin, start = copy.deepcopy(module), module.in_proj.weight.detach().float().clone()
     eager = Muon(muon_groups(module, 0.1), lr=1e-2)
     kernel = Muon(muon_groups(twin, 0.1), lr=1e-2, kernel=True)
-    for _ in range(5):
-        for p, q in zip(module.parameters(), twin.parameters()):
-            p.grad = torch.randn_like(p)
-            q.grad = p.grad.clone()
-        eager.step()
-        kernel.step()
+    step_alike(module, eager, twin, kernel)
     ours, theirs = kernel.master_weights()[twin.in_proj.weight], eager.master_weights()[module.in_proj.weight]
     assert (ours - theirs).norm() < 1e-2 * (theirs - start).norm()

@@ -107,17 +107,22 @@ def test_a_closure_is_called(name):
     assert optimizer.step(closure) > 0 and not torch.equal(module.weight, before)
 
 
-def test_adamw_is_torchs():
-    module, twin = nn.Linear(8, 5), nn.Linear(8, 5)
-    twin.load_state_dict(module.state_dict())
-    ours = build_optimizer("adamw", module, lr=1e-2, weight_decay=0.1)
-    theirs = torch.optim.AdamW(parameter_groups(twin, 0.1), lr=1e-2, betas=(0.9, 0.95))
+def step_alike(module, ours, twin, theirs):
+    """Five updates of a module and its twin, each by its own optimizer, with the same gradients."""
     for _ in range(5):
         for p, q in zip(module.parameters(), twin.parameters()):
             p.grad = torch.randn_like(p)
             q.grad = p.grad.clone()
         ours.step()
         theirs.step()
+
+
+def test_adamw_is_torchs():
+    module, twin = nn.Linear(8, 5), nn.Linear(8, 5)
+    twin.load_state_dict(module.state_dict())
+    ours = build_optimizer("adamw", module, lr=1e-2, weight_decay=0.1)
+    theirs = torch.optim.AdamW(parameter_groups(twin, 0.1), lr=1e-2, betas=(0.9, 0.95))
+    step_alike(module, ours, twin, theirs)
     assert all(torch.allclose(p, q, atol=1e-7) for p, q in zip(module.parameters(), twin.parameters()))
 
 
@@ -272,11 +277,7 @@ def test_kernel_steps_equal_eager_ones():
     start, twin = module.weight.detach().float(), copy.deepcopy(module)
     eager = AdamW8bit(parameter_groups(module, 0.1), lr=1e-3)
     kernel = AdamW8bit(parameter_groups(twin, 0.1), lr=1e-3, kernel=True)
-    for _ in range(5):
-        module.weight.grad = torch.randn_like(module.weight)
-        twin.weight.grad = module.weight.grad.clone()
-        eager.step()
-        kernel.step()
+    step_alike(module, eager, twin, kernel)
     ours, theirs = kernel.master_weights()[twin.weight], eager.master_weights()[module.weight]
     # a last bit of the moments decides how their codes are rounded, so the two differ by a few codes
     assert (ours - theirs).norm() / (theirs - start).norm() < 1e-2

@@ -17,7 +17,7 @@ from torch import nn
 
 import parallel
 import runs
-from arguments import parse_arguments
+from arguments import UserError, parse_arguments
 from conftest import ROOT, tiny_llama_config
 from distillation import DistillationStep
 from initialization import student_config
@@ -128,9 +128,7 @@ def test_two_ranks_equal_one_and_one_goes_on(way, optimizer, alone_with, tiny_te
     shared = {**EXACT, "optimizer": optimizer, "save_interval": 10}  # micro steps
     two, one = tmp_path / "two", tmp_path / "one"
     launch(2, runs.flags(tiny_teacher, sources, two, batch_size=2, parallel=way, **shared))
-    shutil.copytree(two, one)
-    for later in ("checkpoint-10", "final"):
-        shutil.rmtree(one / later)
+    runs.copy_up_to(two, "checkpoint-5", one)
     run = launch(0, runs.flags(tiny_teacher, sources, one, batch_size=4, **shared))
     assert "resuming" in run.output and "checkpoint-5" in run.output
     expected = runs.losses(alone)
@@ -156,9 +154,7 @@ def test_a_run_goes_on_with_any_number_of_ranks(tiny_teacher, sources, tmp_path)
     expected = runs.losses(two)
     for ranks, batch in ((0, 4), (4, 1)):
         folder = tmp_path / f"go-on-{ranks}"
-        shutil.copytree(two, folder)
-        for later in [path for path in folder.iterdir() if path.is_dir() and path.name != "checkpoint-12"]:
-            shutil.rmtree(later)
+        runs.copy_up_to(two, "checkpoint-12", folder)
         run = launch(ranks, runs.flags(tiny_teacher, sources, folder, batch_size=batch, **shared))
         assert "resuming" in run.output and "checkpoint-12" in run.output
         found = runs.losses(folder)
@@ -287,6 +283,10 @@ def test_auto_shards_where_only_the_buckets_do_not_fit(group):
         way, estimate = settle_parallel(config, student, args, "auto", free, ranks)
         assert way == settled and (estimate.parts["gradient buckets"] > 0) == (way == "ddp")
     assert settle_parallel(config, student, args, "ddp", 0.0, ranks)[0] == "ddp"
+    args.optimizer = "muon"
+    with pytest.raises(UserError, match=r"--optimizer muon.*use adamw8bit"):
+        settle_parallel(config, student, args, "auto", 1.0, ranks)
+    args.optimizer = "adamw8bit"
     assert settle_parallel(config, student, args, "none", 1e12, Ranks())[1].parts["gradient buckets"] == 0
 
 
