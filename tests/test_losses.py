@@ -15,8 +15,8 @@ def problem(n, dtype, V=97, d=16, scale=1.0):
     return hidden, head, theirs, their_head, torch.randint(0, V, (n,)), torch.rand(n) < 0.7
 
 
-def error(given, wanted):
-    return ((given.double() - wanted).norm() / wanted.norm().clamp(min=1e-9)).item()
+def error(given, wanted, smallest=1e-9):
+    return ((given.double() - wanted).norm() / wanted.norm().clamp(min=smallest)).item()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -45,7 +45,9 @@ def test_chunked_equals_dense_in_float64(dtype, n, weights, in_place):
     left_out = {"layer_sum"} | ({"agree_sum"} if dtype == torch.bfloat16 else set())
     compared = [name for name in given._fields if name not in left_out]
     pairs += [(getattr(given, name), getattr(wanted, name)) for name in compared]
-    assert max(error(a.detach(), b.detach()) for a, b in pairs) < TOLERANCE[dtype]
+    # bf16 rounds logits by an absolute 0.03, so what cancels to less than a nat (one token's KL, say) is not relative
+    smallest = 1.0 if dtype == torch.bfloat16 else 1e-9
+    assert max(error(a.detach(), b.detach(), smallest) for a, b in pairs) < TOLERANCE[dtype]
 
 
 def test_identical_models_score_zero_and_agree():
