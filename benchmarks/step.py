@@ -283,7 +283,7 @@ def measure(
         "tokens_per_second": 1000 * tokens / step_ms,
         "step_ms": step_ms,
         "parts_ms": {name: statistics.median(parts[name] for parts in times) for name in PARTS},
-        "share": flops * tokens / (step_ms / 1000) / ceiling / ranks.world_size,
+        "share": flops * tokens / (step_ms / 1000) / ceiling / ranks.world_size if bench.stage == "stage1" else None,
         "flops_per_token": flops,
         "losses": [line["train/loss"] for line in figures],
         "bad_steps": figures[-1]["train/bad_steps"],
@@ -364,7 +364,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             shape,
             f"{row['tokens_per_second']:,.0f}",
             f"{row['step_ms']:.1f}",
-            f"{row['share']:.1%}",
+            "" if row["share"] is None else f"{row['share']:.1%}",
         ]
         cells += [f"{row[name]:.1f}" if name in row else "" for name in ("peak_gib", "estimate_gib", "first_step_s")]
         cells += [f"{row['parts_ms'][name]:.1f}" for name in PARTS]
