@@ -278,13 +278,14 @@ def measure(
         times = times[: bench.steps - 1]  # the last one ends with the stage
     step_ms = statistics.median(sum(parts.values()) for parts in times)
     tokens = args.seq_length * args.batch_size * args.grad_accumulation_steps * ranks.world_size
+    if stage.name == "stage1":  # an alignment's operations are not counted
+        row["flops_per_token"] = flops
+        row["share"] = flops * tokens / (step_ms / 1000) / ceiling / ranks.world_size
     row |= {
         "ranks": ranks.world_size,
         "tokens_per_second": 1000 * tokens / step_ms,
         "step_ms": step_ms,
         "parts_ms": {name: statistics.median(parts[name] for parts in times) for name in PARTS},
-        "share": flops * tokens / (step_ms / 1000) / ceiling / ranks.world_size if bench.stage == "stage1" else None,
-        "flops_per_token": flops,
         "losses": [line["train/loss"] for line in figures],
         "bad_steps": figures[-1]["train/bad_steps"],
         "compiled": way == "ours" and compiles(args),
@@ -364,7 +365,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             shape,
             f"{row['tokens_per_second']:,.0f}",
             f"{row['step_ms']:.1f}",
-            "" if row["share"] is None else f"{row['share']:.1%}",
+            f"{row['share']:.1%}" if "share" in row else "",
         ]
         cells += [f"{row[name]:.1f}" if name in row else "" for name in ("peak_gib", "estimate_gib", "first_step_s")]
         cells += [f"{row['parts_ms'][name]:.1f}" for name in PARTS]

@@ -45,8 +45,8 @@ def test_chunked_equals_dense_in_float64(dtype, n, weights, in_place):
     left_out = {"layer_sum"} | ({"agree_sum"} if dtype == torch.bfloat16 else set())
     compared = [name for name in given._fields if name not in left_out]
     pairs += [(getattr(given, name), getattr(wanted, name)) for name in compared]
-    # bf16 rounds logits by an absolute 0.03, so what cancels to less than a nat (one token's KL, say) is not relative
-    smallest = 1.0 if dtype == torch.bfloat16 else 1e-9
+    # bf16 rounds logits by an absolute 0.03: what nearly cancels (one token's gradient) has no relative precision
+    smallest = 0.5 if dtype == torch.bfloat16 else 1e-9
     assert max(error(a.detach(), b.detach(), smallest) for a, b in pairs) < TOLERANCE[dtype]
 
 
