@@ -116,6 +116,7 @@ def build_parser() -> Parser:
         default=[10, 14, 17, 30],
         help="layers to replace by the teacher's; negative ones are ignored (-1: none); auto:K: the best K, measured",
     )
+    add("--expand", type=whole(1), default=1, help="from_teacher: mixer heads for each attention head; 2 learns more")
     add("--choice_tokens", type=whole(1), default=8192, help="tokens of --eval_dataset or stage 1 for auto:K")
     add("--freeze_mlp", action="store_true", help="do not train the MLPs")
     add("--freeze_replaced_layers", action="store_true", help="do not train the replaced layers")
@@ -238,11 +239,7 @@ def build_parser() -> Parser:
     add("--eval_tokens", type=whole(1), default=100_000, help="tokens an evaluation")
     add("--diagnostics_interval", type=whole(0), default=500, help="optimizer steps between figures by layer; 0: off")
     add("--sample_interval", type=whole(0), default=0, help="optimizer steps between sample texts; 0: off")
-    add(
-        "--sample_prompts",
-        default="",
-        help="file with a prompt a line; none: a few that come with it",
-    )
+    add("--sample_prompts", default="", help="file with a prompt a line; none: a few that come with it")
 
     add = parser.add_argument_group("checkpoints").add_argument
     add(
@@ -295,6 +292,8 @@ def validate(args: argparse.Namespace) -> None:
     for flag, used in (("max_lr", True), ("matrix_lr", args.matrix_tokens), ("hidden_lr", args.hidden_tokens)):
         if used and args.min_lr > getattr(args, flag):
             raise UserError(f"--min_lr {args.min_lr:g} is above --{flag} {getattr(args, flag):g}; lower it")
+    if args.expand > 1 and args.student_model != "from_teacher":
+        raise UserError(f"--expand {args.expand} needs --student_model from_teacher: other students have their sizes")
     if auto_layers(args.layers) is not None and len(args.layers) > 1:
         raise UserError(f"--layers {' '.join(map(str, args.layers))}: auto:K stands alone; leave the others out")
     if args.eval_interval and not args.eval_dataset:

@@ -5,6 +5,7 @@ keys B, values x, and the output projection stays. What attention lacks is chose
 close to un-decayed linear attention and finite:
 
 * grouped queries: key and value heads are repeated, so that every head has its own B and x;
+* `expand` mixer heads for each of the attention's: copies that differ in their memory (`spread_over_copies`);
 * convolution: the identity (its last tap 1), with the biases of q, k and v as its bias;
 * gate: zero weights and z_bias = 1.2785, where silu is 1, so that the gate starts open and exactly neutral;
 * D: zero, since attention has no skip of its own;
@@ -37,12 +38,11 @@ HALF_LIVES = [2.0**power for power in range(9)]  # tokens, that a fit chooses fr
 FIT_LENGTH = 512  # tokens of a sequence that it looks at: its matrices are [b, H, t, t]
 
 
-def student_config(teacher: Any) -> LlambaConfig:
-    """Llamba sizes for a teacher's configuration: N = head_dim, G = H = attention heads."""
-    heads = teacher.num_attention_heads
-    head_dim = getattr(teacher, "head_dim", None) or teacher.hidden_size // heads
-    inner = heads * head_dim
-    expand = inner // teacher.hidden_size if inner % teacher.hidden_size == 0 else inner / teacher.hidden_size
+def student_config(teacher: Any, expand: int = 1) -> LlambaConfig:
+    """Llamba sizes for a teacher's configuration: N = head_dim, G = H = `expand` times the attention heads."""
+    head_dim = getattr(teacher, "head_dim", None) or teacher.hidden_size // teacher.num_attention_heads
+    heads = expand * teacher.num_attention_heads
+    ratio = heads * head_dim / teacher.hidden_size
     return LlambaConfig(
         vocab_size=teacher.vocab_size,
         d_model=teacher.hidden_size,
@@ -60,7 +60,7 @@ def student_config(teacher: Any) -> LlambaConfig:
             "d_state": head_dim,
             "n_v_heads": heads,
             "n_qk_heads": heads,
-            "expand": expand,
+            "expand": int(ratio) if ratio.is_integer() else ratio,
             "chunk_size": max(64, head_dim),  # 64 was 2% faster than 128 at head_dim 64 (benchmarks/README.md)
             "activation": "identity",
             "bias": getattr(teacher, "attention_bias", False),  # of the output projection
@@ -71,10 +71,15 @@ def student_config(teacher: Any) -> LlambaConfig:
     )
 
 
-def student_from_teacher(teacher: Any, *, dtype: torch.dtype, device: torch.device | str) -> LlambaForCausalLM:
-    """A student of the teacher's sizes with every mixer started from the teacher's attention of that layer."""
+def student_from_teacher(
+    teacher: Any, *, dtype: torch.dtype, device: torch.device | str, expand: int = 1
+) -> LlambaForCausalLM:
+    """A student of the teacher's sizes with every mixer started from the teacher's attention of that layer.
+
+    `expand` mixer heads for each attention head, as `student_config` has it.
+    """
     with torch.device(device):
-        student: Any = LlambaForCausalLM(student_config(teacher.config))
+        student: Any = LlambaForCausalLM(student_config(teacher.config, expand))
         student.to(dtype)
     if hasattr(teacher.model.layers[0].self_attn, "q_norm"):
         log.warning(
@@ -90,26 +95,27 @@ def student_from_teacher(teacher: Any, *, dtype: torch.dtype, device: torch.devi
 def start_mixer(mixer: Any, attention: Any, config: Any) -> None:
     """Write one attention layer's projections into a mixer, as the module's docstring says.
 
-    q_proj [H*P, d], k_proj and v_proj [KV*P, d], o_proj [d, H*P] -> in_proj rows (x, B, C, z, A_log), out_proj.
+    q_proj [H*P, d], k_proj and v_proj [KV*P, d], o_proj [d, H*P] -> in_proj rows (x, B, C, z, A_log), out_proj. A
+    mixer of E * H heads starts with E copies of each, one set of H after the other.
     """
-    weight, inner = mixer.in_proj.weight, attention.q_proj.weight.shape[0]
+    weight, copies = mixer.in_proj.weight, mixer.n_v_heads // config.num_attention_heads
     weight.zero_()
-    weight[: 3 * inner].copy_(values_keys_queries(attention, config, "weight"))
+    weight[: mixer.d_conv].copy_(values_keys_queries(attention, config, "weight", copies))
     mixer.conv1d.weight.zero_()
     mixer.conv1d.weight[:, 0, -1] = 1.0
     mixer.conv1d.bias.zero_()
     if attention.q_proj.bias is not None:
-        mixer.conv1d.bias.copy_(values_keys_queries(attention, config, "bias"))
+        mixer.conv1d.bias.copy_(values_keys_queries(attention, config, "bias", copies))
     mixer.z_bias.fill_(SILU_IS_ONE)
     mixer.D.zero_()
-    mixer.out_proj.weight.copy_(attention.o_proj.weight)
+    mixer.out_proj.weight.copy_(attention.o_proj.weight.repeat(1, copies))
     if attention.o_proj.bias is not None:
         mixer.in_proj.bias.zero_()
         mixer.out_proj.bias.copy_(attention.o_proj.bias)
 
 
-def values_keys_queries(attention: Any, config: Any, kind: str) -> torch.Tensor:
-    """Weights or biases of v, k and q as the mixer's x, B and C have them, [3*H*P, ...]: every head with its own."""
+def values_keys_queries(attention: Any, config: Any, kind: str, copies: int) -> torch.Tensor:
+    """Weights or biases of v, k and q as the mixer's x, B and C have them, [3*E*H*P, ...], E copies of each head."""
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     v, k, q = (getattr(projection, kind) for projection in (attention.v_proj, attention.k_proj, attention.q_proj))
     v, k, q = (part.unflatten(0, (count, -1)) for part, count in ((v, groups), (k, groups), (q, heads)))
@@ -118,7 +124,7 @@ def values_keys_queries(attention: Any, config: Any, kind: str) -> torch.Tensor:
         q, k = (part * norm.weight.view(-1, *[1] * (part.ndim - 2)) for part, norm in
                 ((q, attention.q_norm), (k, attention.k_norm)))  # fmt: skip
     v, k = (part.repeat_interleave(heads // groups, 0) for part in (v, k))
-    return torch.cat((v, k, q)).flatten(0, 1)
+    return torch.cat([part for part in (v, k, q) for _ in range(copies)]).flatten(0, 1)
 
 
 @dataclass
@@ -182,12 +188,13 @@ def calibrate_mixers(
     """Set each mixer's decay and the scale of its output on a few real sequences, tokens int64 [b, t].
 
     A_log's rows lie along the mean m of the normalised inputs, so that A_log is about `softplus^-1(ln 2 / half_life)`
-    on average, with half lives (in tokens) fitted to each head's attention; or, given `half_lives`, spread evenly in
-    their logarithm from the first head's to the last's. The least-squares factor between the mixer's output and the
-    attention's, one a layer or `per_head`, goes into x, B and C with the exponents of `split`: with all of it in C,
-    its weights would be so small that the first Adam step is many times their size (seen on SmolLM2-135M: loss 0.85
-    -> 17505 in one step at lr 7e-4, against 0.83 -> 2.1 with cube roots). `benchmarks/start.py` compares the
-    choices. Returns the relative error of each mixer's output. Replaced layers take no part.
+    on average, with half lives (in tokens) fitted to each head's attention, and those of its further copies
+    (`spread_over_copies`); or, given `half_lives`, spread evenly in their logarithm from the first head's to the
+    last's. The least-squares factor between the mixer's output and the attention's, one a layer or `per_head`, goes
+    into x, B and C with the exponents of `split`: with all of it in C, its weights would be so small that the first
+    Adam step is many times their size (seen on SmolLM2-135M: loss 0.85 -> 17505 in one step at lr 7e-4, against 0.83
+    -> 2.1 with cube roots). `benchmarks/start.py` compares the choices. Returns the relative error of each mixer's
+    output. Replaced layers take no part.
     """
     errors: dict[int, float] = {}
     for visit in visit_layers(teacher.model, tokens):
@@ -200,7 +207,7 @@ def calibrate_mixers(
         wanted = outputs.to(weight.device, torch.float32)
         mean = inputs.to(weight.device).float().mean(dim=(0, 1))
         if half_lives is None:
-            lives = fitted_half_lives(mixer, visit)
+            lives = spread_over_copies(fitted_half_lives(mixer, visit), mixer.n_v_heads)
         else:
             lives = spread_half_lives(mixer.n_v_heads, half_lives).to(mean.device)
         weight[-mixer.n_v_heads :].copy_(decay_rows(mean, lives))
@@ -227,8 +234,18 @@ def spread_half_lives(heads: int, ends: tuple[float, float]) -> torch.Tensor:
     return torch.linspace(first, last, heads).exp()
 
 
+def spread_over_copies(lives: torch.Tensor, heads: int) -> torch.Tensor:
+    """[heads] half lives from those fitted to H attention heads, [H], `heads` a multiple of H.
+
+    Each further copy of a head remembers 8 times as long as the one before, or an eighth as long where the fit is
+    above 4 tokens: a short and a long memory, between which their least-squares factors (`head_factors`) choose.
+    """
+    step = torch.where(lives > 4, 1 / 8, 8.0)
+    return torch.cat([lives * step**copy for copy in range(heads // len(lives))])
+
+
 def fitted_half_lives(mixer: Any, visit: "LayerVisit") -> torch.Tensor:
-    """Of `HALF_LIVES`, for each head the one with which it comes closest to its attention: [H], in tokens.
+    """Of `HALF_LIVES`, for each attention head the one with which a mixer's head comes closest to it: [H], in tokens.
 
     Closest: y_i = sum_j 2^(-(i-j)/half life) C_i . B_j x_j explains most of o_i = sum_j softmax(q k^T)_ij x_j, by its
     best factor: the largest (y . o)^2 / (y . y), sums over the first `FIT_LENGTH` tokens of all sequences.
@@ -239,7 +256,8 @@ def fitted_half_lives(mixer: Any, visit: "LayerVisit") -> torch.Tensor:
         "position_embeddings": [part[:, :FIT_LENGTH] for part in visit.options["position_embeddings"]],
     }
     weights = attention_matrix(visit.attention, visit.u[:, :FIT_LENGTH], options).to(u.device)
-    x, B, C = (part.to(weights).transpose(1, 2) for part in mixer.project(u)[:3])  # [b, H, t, P or N]
+    heads = weights.shape[1]  # the first copies; all are alike yet
+    x, B, C = (part[:, :, :heads].to(weights).transpose(1, 2) for part in mixer.project(u)[:3])  # [b, H, t, P or N]
     wanted = weights @ x
     scores = C @ B.transpose(-1, -2)
     back = torch.arange(u.shape[1], device=u.device)

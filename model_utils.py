@@ -146,17 +146,19 @@ def get_student_model(
     device: torch.device | str = "cpu",
     attn_implementation: str = "sdpa",
     local_files_only: bool = False,
+    expand: int = 1,
 ) -> LlambaForCausalLM:
     """Load the student from a hub id or folder, or build it to the teacher's sizes (`from_teacher`).
 
-    attn_implementation: of the attention layers that a checkpoint of a hybrid holds.
+    attn_implementation: of the attention layers that a checkpoint of a hybrid holds. expand: mixer heads for each
+    attention head, with `from_teacher`.
     Raises `UserError` when the checkpoint is incomplete, has keys too few, too many or misshapen, or when its
     vocabulary or sizes do not fit the teacher's.
     """
     if name == FROM_TEACHER:
         from initialization import student_from_teacher
 
-        return student_from_teacher(teacher, dtype=dtype, device=device)
+        return student_from_teacher(teacher, dtype=dtype, device=device, expand=expand)
     require_model_folder(name)
     try:
         options: dict[str, Any] = dict(attn_implementation=attn_implementation, local_files_only=local_files_only)

@@ -6,7 +6,8 @@ alive at a time. Losses are sums over tokens, divided by sizes that are measured
 sequences, so that 1 x 8 and 2 x 4 (batch x accumulation) have the same gradients.
 
 * "matrix": rows of the mixer's sequence-mixing matrix (from C, B and the decays; no D, no convolution of x) against
-  rows of the attention matrix, squared distance over the mean squared norm of a head's rows, mean over heads.
+  rows of the attention matrix, squared distance over the mean squared norm of a head's rows, mean over heads; the
+  matrices of an attention head's copies (`--expand`) add up to its own.
 * "hidden": the mixer's output against the attention's output, squared distance over the latter's mean square.
 """
 
@@ -149,7 +150,8 @@ def matrix_loss(mixer: Any, u: Tensor, target: Tensor, resets: Tensor | None, si
     u [b, t, d], target [b, H, t, t], size [H, 1].
     """
     _, B, C, A_log, _, _ = mixer.project(u, resets)
-    distance = (ssd_matrix(A_log, B, C, resets) - target).square().sum(-1)  # [b, H, t]
+    given = ssd_matrix(A_log, B, C, resets).unflatten(1, (-1, target.shape[1])).sum(1)  # over a head's copies
+    distance = (given - target).square().sum(-1)  # [b, H, t]
     return (distance / size).mean(1), mean_decay(mixer, u)
 
 

@@ -90,7 +90,7 @@ def check_inputs(args: argparse.Namespace, student_source: str, ranks: Ranks) ->
         if length > longest:
             raise UserError(f"--{flag} {length}: the teacher has {longest} positions; use at most that many")
     if student_source == FROM_TEACHER:
-        student = student_config(teacher)
+        student = student_config(teacher, args.expand)
     else:
         student = load_config(student_source, config_class=LlambaConfig, local_files_only=True)
         check_pair(student, teacher, student_source)
@@ -132,7 +132,9 @@ def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, 
     options = dict(attn_implementation=args.attn_implementation, local_files_only=True)
     teacher = get_teacher_model(args.teacher_model, dtype=dtype, device=teacher_device, **options)
     parameter_dtype = torch.float32 if dtype == torch.float16 else dtype
-    student = get_student_model(student_source, teacher, dtype=parameter_dtype, device=device, **options)
+    student = get_student_model(
+        student_source, teacher, dtype=parameter_dtype, device=device, expand=args.expand, **options
+    )
     if is_distilled(student):
         log.info("%s is a distilled student: its weights and layers are kept as they are", student_source)
     else:

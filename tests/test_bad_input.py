@@ -53,6 +53,11 @@ FLAG_CASES = {
     "no layer to choose": (dict(layers="auto:0"), "--layers: 'auto:0' is not a layer's index or auto:K"),
     "a choice of no number": (dict(layers="auto:x"), "--layers: 'auto:x' is not a layer's index or auto:K"),
     "more layers to choose than there are": (dict(layers="auto:99"), "--layers auto:99: the teacher has 4 layers"),
+    "no head at all": (dict(expand=0), "--expand: '0' is not a whole number of at least 1"),
+    "a published student's sizes": (
+        dict(expand=2, student_model="org/student"),
+        "--expand 2 needs --student_model from_teacher",
+    ),
     "a choice beside layers": (dict(layers=["auto:2", 1]), "--layers auto:2 1: auto:K stands alone"),
     "sequence too long": (dict(seq_length=4096), "--seq_length 4096: the teacher has 2048 positions"),
     "unknown flag": (dict(learning_rate=1), "unrecognized arguments: --learning_rate"),

@@ -58,8 +58,8 @@ def make_teacher(config, attention: str = "sdpa"):
     return teacher
 
 
-def make_student(teacher, layers):
-    student = student_from_teacher(teacher, dtype=torch.float32, device="cpu")
+def make_student(teacher, layers, expand=1):
+    student = student_from_teacher(teacher, dtype=torch.float32, device="cpu", expand=expand)
     transfer_teacher_weights(student, teacher, layers)
     return apply_replacements(student, teacher, layers).eval()
 

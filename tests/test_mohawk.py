@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 
 import pytest
 import torch
@@ -20,9 +21,9 @@ from trainer import DeviceBatch
 PROBE = torch.arange(60).view(3, 20)
 
 
-def pair(name="grouped queries", layers=(1,)):
+def pair(name="grouped queries", layers=(1,), expand=1):
     teacher = make_teacher(TEACHERS[name]).double()
-    student = make_student(teacher, list(layers)).double()
+    student = make_student(teacher, list(layers), expand).double()
     with torch.no_grad():
         for mixer in trained_mixers(student):
             for p in mixer.parameters():
@@ -96,9 +97,9 @@ def test_the_walk_sees_what_the_teachers_own_forward_sees(name, packed):
 
 
 @pytest.mark.parametrize("kind", ["matrix", "hidden"])
-@pytest.mark.parametrize("t", [1, 13])
-def test_losses_and_gradients_equal_dense_references(kind, t):
-    teacher, student = pair()
+@pytest.mark.parametrize(("t", "expand"), [(1, 1), (13, 1), (13, 3)])
+def test_losses_and_gradients_equal_dense_references(kind, t, expand):
+    teacher, student = pair(expand=expand)
     tokens, valid = torch.randint(0, 512, (2, t)), torch.rand(2, t) < 0.8
     reference = copy.deepcopy(student)
     sums = AlignmentStep(kind, teacher, student, PROBE)(batch_of(tokens, valid=valid), torch.tensor(0.7))
@@ -119,7 +120,8 @@ def test_losses_and_gradients_equal_dense_references(kind, t):
             shared = AttentionInputs(teacher.config, teacher.model.rotary_emb, hidden, layers=range(4))
             probe = attention_matrix(attention, probed[index][0], shared.for_layer(index))
             size = probe.square().sum(-1).mean((0, 2))
-            rows = ((slow_matrix(mixer, u) - wanted).square().sum(-1) / size[:, None]).mean(1)
+            copies = slow_matrix(mixer, u).chunk(expand, 1)  # each with a matrix for every head of the attention
+            rows = ((sum(copies) - wanted).square().sum(-1) / size[:, None]).mean(1)
         total = total + (rows * valid).sum() / 3
     (0.7 * total).backward()
     assert sums["loss"].item() == pytest.approx(total.item(), rel=1e-7)
@@ -272,14 +274,17 @@ def test_one_layers_activations_at_a_time(kind):
 
 
 @pytest.mark.slow
-def test_the_stages_run_align_and_hand_over(tmp_path, tiny_teacher, documents):
+@pytest.mark.parametrize("expand", [1, 2])
+def test_the_stages_run_align_and_hand_over(tmp_path, tiny_teacher, documents, expand):
     sources = runs.write_sources(tmp_path / "text", documents)
     argv = runs.flags(
         tiny_teacher, sources, tmp_path / "run", matrix_tokens=2048, hidden_tokens=6144, hidden_lr=1e-3,
         matrix_seq_length=32,
-        max_steps=2, skip_stage2=True,
+        max_steps=2, skip_stage2=True, expand=expand,
     )  # fmt: skip
     assert train.main(argv) == 0
+    sizes = json.loads((tmp_path / "run" / "final" / "config.json").read_text())["ssm_cfg"]
+    assert [sizes[name] for name in ("n_v_heads", "n_qk_heads", "expand")] == [4 * expand, 4 * expand, expand]
     rows = [row for row in runs.metrics(tmp_path / "run") if "train/loss" in row]
     losses = {
         stage: [r["train/loss"] for r in rows if r["stage"] == stage] for stage in ("matrix", "hidden", "stage1")

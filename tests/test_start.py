@@ -26,13 +26,19 @@ sys.path.insert(0, str(ROOT))
 
 
 @pytest.mark.parametrize("name", ["grouped queries", "wide heads, biases, tied"])
-def test_factors_are_the_least_squares_solution(name):
+@pytest.mark.parametrize("expand", [1, 2])
+def test_factors_are_the_least_squares_solution(name, expand):
     """Against the heads' parts of the output written out and torch's own solver, in float64."""
     teacher = make_teacher(TEACHERS[name]).double()
-    student = student_from_teacher(teacher, dtype=torch.float64, device="cpu")
+    student = student_from_teacher(teacher, dtype=torch.float64, device="cpu", expand=expand)
     tokens = torch.randint(0, 512, (3, 40))
     for visit in visit_layers(teacher.model, tokens):
         mixer = student.backbone.layers[visit.index].mixer
+        with torch.no_grad():  # copies that are alike would have no factors of their own
+            mean = visit.u.mean((0, 1))
+            mixer.in_proj.weight[-mixer.n_v_heads :] = decay_rows(
+                mean, spread_half_lives(mixer.n_v_heads, (1.0, 32.0))
+            )
         seen = []
         hook = mixer.out_proj.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0]))
         with torch.no_grad():
@@ -89,6 +95,29 @@ def test_a_half_life_is_fitted_to_each_head(name):
                 assert errors[HALF_LIVES.index(life)] == pytest.approx(min(errors), rel=1e-9)
                 found.add(life)
     assert len(found) > 1  # heads differ
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_more_heads_start_closer_to_the_attention(name):
+    """Copies of each head with memories of their own: half lives by hand, and no larger an error in any layer."""
+    teacher, tokens = make_teacher(TEACHERS[name]), torch.randint(0, 512, (4, 64))
+    heads = teacher.config.num_attention_heads
+    students = {expand: make_student(teacher, [1], expand) for expand in (1, 3)}
+    one, three = (calibrate_mixers(student, teacher, tokens) for student in students.values())
+    assert three.keys() == one.keys() == {0, 2, 3}
+    assert all(three[index] <= one[index] + 1e-4 for index in one) and sum(three.values()) < sum(one.values())
+    for visit in visit_layers(teacher.model, tokens):
+        if visit.index != 1:
+            few, many = (student.backbone.layers[visit.index].mixer for student in students.values())
+            mean = visit.u.mean((0, 1))
+            lives = [
+                -1 / torch.log2(torch.exp(-nn.functional.softplus(mixer.in_proj.weight[-mixer.n_v_heads :] @ mean)))
+                for mixer in (few, many)
+            ]
+            wanted = [
+                (life / 8**copy if life > 4.5 else life * 8**copy) for copy in range(3) for life in lives[0].tolist()
+            ]
+            assert lives[1].tolist() == pytest.approx(wanted, rel=1e-2) and len(wanted) == 3 * heads
 
 
 @pytest.mark.parametrize("split", [(1 / 3, 1 / 3, 1 / 3), (0.0, 0.0, 1.0), (1.0, 0.0, 0.0)])
