@@ -114,9 +114,9 @@ def build_parser() -> Parser:
         type=layer,
         nargs="+",
         default=[10, 14, 17, 30],
-        help="layers to replace by the teacher's; negative ones are ignored (-1: none); auto:K: the best K, measured",
+        help="layers to replace by the teacher's; negative ones are ignored (-1: none); auto:K: K found by measuring",
     )
-    add("--expand", type=whole(1), default=1, help="from_teacher: mixer heads for each attention head; 2 learns more")
+    add("--expand", type=whole(1, 4), default=1, help="from_teacher: mixer heads for each attention head, at most 4")
     add("--choice_tokens", type=whole(1), default=8192, help="tokens of --eval_dataset or stage 1 for auto:K")
     add("--freeze_mlp", action="store_true", help="do not train the MLPs")
     add("--freeze_replaced_layers", action="store_true", help="do not train the replaced layers")
@@ -293,7 +293,7 @@ def validate(args: argparse.Namespace) -> None:
         if used and args.min_lr > getattr(args, flag):
             raise UserError(f"--min_lr {args.min_lr:g} is above --{flag} {getattr(args, flag):g}; lower it")
     if args.expand > 1 and args.student_model != "from_teacher":
-        raise UserError(f"--expand {args.expand} needs --student_model from_teacher: other students have their sizes")
+        raise UserError(f"--expand {args.expand} needs --student_model from_teacher: others have sizes of their own")
     if auto_layers(args.layers) is not None and len(args.layers) > 1:
         raise UserError(f"--layers {' '.join(map(str, args.layers))}: auto:K stands alone; leave the others out")
     if args.eval_interval and not args.eval_dataset:

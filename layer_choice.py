@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 FILE = "layer_choice.json"
 # What a choice depends on: another run in the same folder with the same values takes up the choice that is there.
 MADE_FOR = (
-    "layers teacher_model student_model choice_tokens eval_dataset dataset_name dataset_subset dataset_split "
+    "layers teacher_model student_model expand choice_tokens eval_dataset dataset_name dataset_subset dataset_split "
     "seq_length document_reset seed dtype"
 ).split()
 

@@ -136,7 +136,7 @@ def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, 
         student_source, teacher, dtype=parameter_dtype, device=device, expand=args.expand, **options
     )
     if is_distilled(student):
-        log.info("%s is a distilled student: its weights and layers are kept as they are", student_source)
+        log.info("%s is a distilled student: its weights, sizes and layers are kept as they are", student_source)
     else:
         layers = check_layers(args.layers, teacher.config.num_hidden_layers)
         transfer_teacher_weights(student, teacher, replaced=layers)

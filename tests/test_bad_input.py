@@ -54,6 +54,7 @@ FLAG_CASES = {
     "a choice of no number": (dict(layers="auto:x"), "--layers: 'auto:x' is not a layer's index or auto:K"),
     "more layers to choose than there are": (dict(layers="auto:99"), "--layers auto:99: the teacher has 4 layers"),
     "no head at all": (dict(expand=0), "--expand: '0' is not a whole number of at least 1"),
+    "more heads than have a memory": (dict(expand=5), "--expand: '5' is above 4"),
     "a published student's sizes": (
         dict(expand=2, student_model="org/student"),
         "--expand 2 needs --student_model from_teacher",

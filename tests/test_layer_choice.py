@@ -118,7 +118,10 @@ def test_a_saved_choice_is_taken_up_only_for_the_same_flags(tmp_path):
     other = sorted({0, 1, 2, 3} - set(found))
     (tmp_path / FILE).write_text(json.dumps(saved | {"layers": other}))
     assert choose(args) == other
-    args.seed = 1
-    assert choose(args) == found
+    for name, value in (("seed", 1), ("expand", 2)):
+        (tmp_path / FILE).write_text(json.dumps(saved | {"layers": other}))
+        setattr(args, name, value)
+        assert choose(args) == found
+        setattr(args, name, saved["made_for"][name])
     (tmp_path / FILE).write_text("{")
     assert choose(args) == found

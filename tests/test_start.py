@@ -102,10 +102,10 @@ def test_more_heads_start_closer_to_the_attention(name):
     """Copies of each head with memories of their own: half lives by hand, and no larger an error in any layer."""
     teacher, tokens = make_teacher(TEACHERS[name]), torch.randint(0, 512, (4, 64))
     heads = teacher.config.num_attention_heads
-    students = {expand: make_student(teacher, [1], expand) for expand in (1, 3)}
-    one, three = (calibrate_mixers(student, teacher, tokens) for student in students.values())
-    assert three.keys() == one.keys() == {0, 2, 3}
-    assert all(three[index] <= one[index] + 1e-4 for index in one) and sum(three.values()) < sum(one.values())
+    students = {expand: make_student(teacher, [1], expand) for expand in (1, 4)}
+    one, four = (calibrate_mixers(student, teacher, tokens) for student in students.values())
+    assert four.keys() == one.keys() == {0, 2, 3}
+    assert all(four[index] <= one[index] + 1e-4 for index in one) and sum(four.values()) < sum(one.values())
     for visit in visit_layers(teacher.model, tokens):
         if visit.index != 1:
             few, many = (student.backbone.layers[visit.index].mixer for student in students.values())
@@ -115,9 +115,9 @@ def test_more_heads_start_closer_to_the_attention(name):
                 for mixer in (few, many)
             ]
             wanted = [
-                (life / 8**copy if life > 4.5 else life * 8**copy) for copy in range(3) for life in lives[0].tolist()
+                (life / 8**copy if life > 4.5 else life * 8**copy) for copy in range(4) for life in lives[0].tolist()
             ]
-            assert lives[1].tolist() == pytest.approx(wanted, rel=1e-2) and len(wanted) == 3 * heads
+            assert lives[1].tolist() == pytest.approx(wanted, rel=1e-2) and len(wanted) == 4 * heads
 
 
 @pytest.mark.parametrize("split", [(1 / 3, 1 / 3, 1 / 3), (0.0, 0.0, 1.0), (1.0, 0.0, 0.0)])
