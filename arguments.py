@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+FROM_TEACHER = "from_teacher"  # the --student_model that is built to the teacher's sizes
+
 
 class UserError(Exception):
     """A user's mistake: `train.py` prints it as one line and exits with status 2."""
@@ -292,7 +294,7 @@ def validate(args: argparse.Namespace) -> None:
     for flag, used in (("max_lr", True), ("matrix_lr", args.matrix_tokens), ("hidden_lr", args.hidden_tokens)):
         if used and args.min_lr > getattr(args, flag):
             raise UserError(f"--min_lr {args.min_lr:g} is above --{flag} {getattr(args, flag):g}; lower it")
-    if args.expand > 1 and args.student_model != "from_teacher":
+    if args.expand > 1 and args.student_model != FROM_TEACHER:
         raise UserError(f"--expand {args.expand} needs --student_model from_teacher: others have sizes of their own")
     if auto_layers(args.layers) is not None and len(args.layers) > 1:
         raise UserError(f"--layers {' '.join(map(str, args.layers))}: auto:K stands alone; leave the others out")

@@ -10,9 +10,9 @@ import functools
 import logging
 from pathlib import Path
 
-from arguments import UserError
+from arguments import FROM_TEACHER, UserError
 from hub_files import DataStreamLost, Patience, ShortBody, is_transient, raise_for_access
-from model_utils import FROM_TEACHER, require_model_folder
+from model_utils import require_model_folder
 from models.loading import check_files
 
 __all__ = ["DataStreamLost", "fetch_model"]

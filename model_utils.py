@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from arguments import UserError, auto_layers
+from arguments import FROM_TEACHER, UserError, auto_layers
 from folder_checks import check_folder
 from hub_files import gated
 from models import LlambaConfig, LlambaForCausalLM
@@ -25,7 +25,6 @@ from models.modeling_llamba import AttentionInputs
 log = logging.getLogger(__name__)
 
 SUPPORTED_TEACHERS = ("llama", "mistral", "qwen2", "qwen3")
-FROM_TEACHER = "from_teacher"
 
 # Teacher tensor -> student tensor. `{i}` is the layer index. Every teacher tensor matches exactly one row.
 TRANSFER = {

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 import parallel
 from acceleration import UpdateInBackward, accelerate, compiles
-from arguments import UserError, auto_layers
+from arguments import FROM_TEACHER, UserError, auto_layers
 from cuda_graphs import CapturedMicroStep, captures
 from data import SourceSpec, build_loader, estimate_steps_per_epoch
 from distillation import DistillationStep, kd_micro_step
@@ -23,7 +23,6 @@ from layer_choice import choose_layers
 from memory import GIB, MemoryEstimate, estimate_memory
 from model_files import fetch_model
 from model_utils import (
-    FROM_TEACHER,
     apply_replacements,
     check_layers,
     check_pair,

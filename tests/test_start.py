@@ -110,10 +110,7 @@ def test_more_heads_start_closer_to_the_attention(name):
         if visit.index != 1:
             few, many = (student.backbone.layers[visit.index].mixer for student in students.values())
             mean = visit.u.mean((0, 1))
-            lives = [
-                -1 / torch.log2(torch.exp(-nn.functional.softplus(mixer.in_proj.weight[-mixer.n_v_heads :] @ mean)))
-                for mixer in (few, many)
-            ]
+            lives = [-1 / torch.log2(mixer.decays(mean)) for mixer in (few, many)]
             wanted = [
                 (life / 8**copy if life > 4.5 else life * 8**copy) for copy in range(4) for life in lives[0].tolist()
             ]
