@@ -296,7 +296,7 @@ def own_figures(args: argparse.Namespace) -> dict[str, Any]:
     )
     from models import LlambaConfig
     from parallel import Ranks
-    from stages import held_out_batches
+    from stage_text import held_out_batches
     from utils import check_device
 
     where = check_device(args.device)

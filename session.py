@@ -29,7 +29,8 @@ from model_utils import frozen_names
 from parallel import Ranks, copy_rows, is_sharded, own_optimizer_state, whole_optimizer_state, whole_weights
 from plot_metrics import plot_runs
 from run_control import SaveClock, StopSignals, mask_secrets
-from stages import Models, held_out_batches, sequences_a_step, total_steps
+from stage_text import RunText, held_out_batches, sequences_a_step
+from stages import Models
 from text_sources import BadData, DataStreamLost
 from trainer import AnotherRankStopped, DeviceBatch, Progress, Services, Stage, TooManyBadSteps
 from utils import Tracker, format_line, library_versions
@@ -110,11 +111,11 @@ class Session:
             raise UserError(f"--resume: the checkpoint stands in {self.progress.stage}, which the flags leave out")
         return names[names.index(self.progress.stage) + self.progress.stage_done :]
 
-    def total_steps(self, name: str, tokenizer: Any) -> int:
+    def total_steps(self, name: str, text: RunText) -> int:
         """Optimizer steps of a stage; an interrupted stage keeps the number that it began with."""
         if self.progress.stage == name and self.trainer_state:
             return self.progress.stage_total
-        return total_steps(self.args, name, tokenizer, self.ranks.world_size)
+        return text.total_steps(name)
 
     def begin(self) -> None:
         """Tell W&B the sizes, and take the held-out figures before the first step."""

@@ -1,10 +1,8 @@
-"""From flags to stages: which stages a run has, and for each its loader, micro step, optimizer and schedule."""
+"""From flags to stages: the inputs checked, the pair built, and for each stage its step, optimizer and schedule."""
 
 import argparse
 import functools
 import logging
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +14,6 @@ import parallel
 from acceleration import UpdateInBackward, accelerate, compiles
 from arguments import FROM_TEACHER, UserError, auto_layers
 from cuda_graphs import CapturedMicroStep, captures
-from data import SourceSpec, build_loader, estimate_steps_per_epoch
 from distillation import DistillationStep, kd_micro_step
 from initialization import calibrate_mixers, student_config
 from layer_choice import choose_layers
@@ -41,21 +38,20 @@ from models import LlambaConfig, LlambaForCausalLM
 from mohawk import AlignmentStep, trained_mixers
 from optimizer import build_optimizer, build_schedule
 from parallel import Ranks
+from stage_text import RunText, stage_names
 from teacher import HostTeacher, OwnTeacher
 from trainer import Stage
 
 log = logging.getLogger(__name__)
 
-CALIBRATION_SEQUENCES = 4
-
 
 @dataclass
 class Models:
-    """The pair, its tokenizer, and how the student's parts are run."""
+    """The pair, the text that it learns from, and how the student's parts are run."""
 
     teacher: PreTrainedModel
     student: LlambaForCausalLM
-    tokenizer: Any
+    text: RunText
     device: torch.device
     teacher_device: torch.device
     dtype: torch.dtype
@@ -63,12 +59,16 @@ class Models:
     step: Any = None  # the student with its loss; from `distribute` on under DDP or FSDP2
     hidden_states: Any = None  # where the teacher's come from (teacher.py)
 
+    @property
+    def tokenizer(self) -> Any:
+        return self.text.tokenizer
+
 
 @dataclass
 class Inputs:
     """What is known before any weight is loaded."""
 
-    tokenizer: Any
+    text: RunText
     estimate: MemoryEstimate | None  # of a training step on a GPU
     parallel: str = "none"  # or ddp, fsdp
 
@@ -101,7 +101,8 @@ def check_inputs(args: argparse.Namespace, student_source: str, ranks: Ranks) ->
         log.info("estimated peak of a step: %s; free %.1f of %.1f GiB", estimate.describe(), free / GIB, total / GIB)
     if way in ("ddp", "fsdp"):
         log.info("%d ranks, %s", ranks.world_size, "replicated" if way == "ddp" else "sharded")
-    return Inputs(get_tokenizer(args.teacher_model, local_files_only=True), estimate, way)
+    text = RunText(args, get_tokenizer(args.teacher_model, local_files_only=True), ranks)
+    return Inputs(text, estimate, way)
 
 
 def settle_parallel(
@@ -124,7 +125,7 @@ def settle_parallel(
 
 def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, devices: Any, ranks: Ranks) -> Models:
     """Load the pair and do the surgery, unless the student is a checkpoint that already had it."""
-    (device, teacher_device), tokenizer = devices, inputs.tokenizer
+    (device, teacher_device), text = devices, inputs.text
     dtype = getattr(torch, args.dtype)
     fetch_model("--teacher_model", args.teacher_model, args, weights=True)
     fetch_model("--student_model", student_source, args, weights=True)
@@ -142,11 +143,10 @@ def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, 
         apply_replacements(student, teacher, layers)
         student.config.teacher_model = args.teacher_model
         if student_source == FROM_TEACHER:
-            tokens = calibration_tokens(args, stage_names(args)[0], tokenizer)
+            tokens = text.calibration_tokens(stage_names(args)[0])
             calibrate_mixers(student, teacher, tokens.to(teacher_device))
         if auto_layers(args.layers) is not None:
-            open_text = functools.partial(choice_batches, args, tokenizer)
-            chosen = ranks.first(lambda: choose_layers(args, teacher, student, open_text))
+            chosen = ranks.first(lambda: choose_layers(args, teacher, student, text.choice_loader))
             apply_replacements(student, teacher, chosen)
     freeze(
         student,
@@ -157,7 +157,7 @@ def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, 
     share_frozen_weights(student, teacher)
     student.train()
     log.info(describe_parameters(student, teacher))
-    models = Models(teacher, student, tokenizer, device, teacher_device, dtype)
+    models = Models(teacher, student, text, device, teacher_device, dtype)
     on_cpu = "none" if args.gradient_checkpointing == "auto" else args.gradient_checkpointing
     accelerate(args, models, inputs.estimate.modes if inputs.estimate else on_cpu)
     connect(args, models, ranks)
@@ -208,133 +208,6 @@ def distribute(args: argparse.Namespace, models: Models, way: str) -> None:
         models.step = parallel.shard(models.step, models.device)
         if isinstance(models.hidden_states, OwnTeacher):
             parallel.shard_layers(models.hidden_states.backbone, models.teacher_device)
-
-
-def calibration_tokens(args: argparse.Namespace, name: str, tokenizer: Any) -> torch.Tensor:
-    """A few sequences of a stage's own text, int64 [CALIBRATION_SEQUENCES, seq_length]."""
-    loader = make_loader(args, name, tokenizer, Ranks())
-    rows: list[torch.Tensor] = []
-    for batch in loader:
-        rows.extend(batch.tokens[:, :-1])
-        if len(rows) >= CALIBRATION_SEQUENCES:
-            break
-    loader.close()
-    return torch.stack(rows[:CALIBRATION_SEQUENCES])
-
-
-def choice_batches(args: argparse.Namespace, tokenizer: Any) -> Any:
-    """What `--layers auto:K` measures on: the held-out text if there is one, else stage 1's own."""
-    if args.eval_dataset:
-        return held_out_batches(args, args.eval_dataset, tokenizer, Ranks())
-    return make_loader(args, "stage1", tokenizer, Ranks())
-
-
-def stage_names(args: argparse.Namespace) -> list[str]:
-    """The stages that the flags ask for, in their order."""
-    names = []
-    if args.matrix_tokens:
-        names.append("matrix")
-    if args.hidden_tokens:
-        names.append("hidden")
-    names.append("stage1")
-    if args.second_dataset_name and not args.skip_stage2:
-        names.append("stage2")
-    return names
-
-
-def source_spec(args: argparse.Namespace, name: str) -> SourceSpec:
-    """The text source of a stage: OpenHermes-like for stage 2, FineWeb-Edu-like for every other."""
-    shared = dict(
-        local_files_only=args.local_files_only,
-        on_bad_data=args.on_bad_data,
-        network_patience=args.network_patience,
-        shuffle_buffer=args.shuffle_buffer,
-    )
-    if name == "stage2":
-        return SourceSpec(
-            name=args.second_dataset_name,
-            split=args.second_dataset_split,
-            text_field=args.second_dataset_text_field,
-            **shared,
-        )
-    return SourceSpec(
-        name=args.dataset_name,
-        subset=args.dataset_subset,
-        split=args.dataset_split,
-        revision=args.dataset_revision,
-        text_field=args.dataset_text_field,
-        streaming=not args.no_dataset_streaming,
-        **shared,
-    )
-
-
-def make_loader(args: argparse.Namespace, name: str, tokenizer: Any, ranks: Ranks) -> Any:
-    """The loader of a stage; raises `UserError` if the source or its columns are not there, or it is empty."""
-    return build_loader(
-        source_spec(args, name),
-        tokenizer,
-        seq_length=sequence_length(args, name),
-        batch_size=args.batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        seed=args.seed + (1 if name == "stage2" else 0),
-        epochs=args.epochs if name == "stage1" and args.epochs > 0 else None,
-        document_reset=args.document_reset,
-        pin_memory=args.device.startswith("cuda"),
-    )
-
-
-def held_out_batches(args: argparse.Namespace, name: str, tokenizer: Any, ranks: Ranks) -> Any:
-    """One unshuffled pass over a held-out source; the same batches every time it is made."""
-    spec = SourceSpec(
-        name=name,
-        subset=args.dataset_subset,
-        split=args.dataset_split,
-        text_field=args.dataset_text_field,
-        shuffle_buffer=0,
-        local_files_only=args.local_files_only,
-        network_patience=args.network_patience,
-    )
-    return build_loader(
-        spec,
-        tokenizer,
-        seq_length=args.seq_length,
-        batch_size=args.batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        epochs=1,
-    )
-
-
-def total_steps(args: argparse.Namespace, name: str, tokenizer: Any, world_size: int) -> int:
-    """Optimizer steps of a stage; for `--epochs` from the hint, or estimated by sampling."""
-    sequences = sequences_a_step(vars(args), world_size)
-    tokens = {
-        "matrix": args.matrix_tokens,
-        "hidden": args.hidden_tokens,
-        "stage2": args.second_dataset_tokens * args.second_dataset_epochs,
-    }
-    if name in tokens:
-        return max(1, math.ceil(tokens[name] / (sequences * sequence_length(args, name))))
-    if args.epochs <= 0:
-        return args.max_steps
-    if args.epoch_step_hint:
-        return args.epoch_step_hint * args.epochs
-    per_epoch = estimate_steps_per_epoch(
-        source_spec(args, name), tokenizer, seq_length=args.seq_length, sequences_per_step=sequences
-    )
-    log.info("an epoch of %s is about %d optimizer steps (estimated by sampling)", args.dataset_name, per_epoch)
-    return max(1, per_epoch * args.epochs)
-
-
-def sequences_a_step(flags: Mapping[str, Any], ranks: int) -> int:
-    """Sequences of an optimizer step, over all ranks."""
-    return flags["batch_size"] * flags["grad_accumulation_steps"] * ranks
-
-
-def sequence_length(args: argparse.Namespace, name: str) -> int:
-    """Tokens of a stage's sequences."""
-    return args.matrix_seq_length if name == "matrix" else args.seq_length
 
 
 def build_stage(
@@ -399,7 +272,7 @@ def synchronise(stage: Stage, models: Models, way: str) -> None:
 def alignment(args: argparse.Namespace, name: str, models: Models) -> tuple[Any, nn.Module]:
     """(micro step, what it trains) of the "matrix" or "hidden" stage."""
     half = torch.float16 if models.dtype == torch.float16 else None
-    tokens = calibration_tokens(args, name, models.tokenizer)
+    tokens = models.text.calibration_tokens(name)
     align = AlignmentStep(name, models.teacher, models.student, tokens, autocast=half, compile=compiles(args))
     return align, trained_mixers(models.student)
 

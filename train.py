@@ -52,6 +52,7 @@ def distill(args: argparse.Namespace, ranks: Any) -> int:
     import stages
     from run_control import RunLock, StopSignals
     from session import Session
+    from stage_text import stage_names
     from trainer import run_stage
     from utils import check_devices, enable_determinism, seed_everything, setup_logging
 
@@ -74,16 +75,16 @@ def distill(args: argparse.Namespace, ranks: Any) -> int:
                 log.info("%s holds a finished run: nothing to do", args.output_dir)
                 return 0
             inputs = ranks.together(lambda: stages.check_inputs(args, session.student_source, ranks))
-            session.estimate, tokenizer = inputs.estimate, inputs.tokenizer
-            names = session.stages_left(stages.stage_names(args))
-            loaders = ranks.together(lambda: {n: stages.make_loader(args, n, tokenizer, ranks) for n in names})
+            session.estimate, text = inputs.estimate, inputs.text
+            names = session.stages_left(stage_names(args))
+            loaders = ranks.together(lambda: {name: text.loader(name) for name in names})
             session.models = ranks.together(
                 lambda: stages.build_models(args, session.student_source, inputs, devices, ranks)
             )
             session.begin()
             signals.leave_at_once = False
             for name in names:
-                total = session.total_steps(name, tokenizer)
+                total = session.total_steps(name, text)
                 stage = stages.build_stage(args, name, session.models, loaders[name], total, ranks, inputs.parallel)
                 session.enter(stage)
                 log.info("%s: %d optimizer steps", name, stage.total_steps)

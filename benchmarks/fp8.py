@@ -20,7 +20,7 @@ from acceleration import quantise_teacher_fp8
 from losses import KDTerms, chunked_kd_loss
 from model_utils import get_teacher_model, get_tokenizer
 from parallel import Ranks
-from stages import held_out_batches
+from stage_text import held_out_batches
 from teacher import OwnTeacher, TeacherBackbone
 
 

@@ -78,7 +78,7 @@ def read_experiments(file: Path) -> dict[str, list[str]]:
 
 def command_line(bench: argparse.Namespace, name: str, flags: list[str]) -> list[str]:
     """The whole line for train.py, with `--max_steps` from what the other stages leave of the budget."""
-    import stages
+    import stage_text
 
     tokens, flags = budget(bench, flags)
     line = [
@@ -91,10 +91,10 @@ def command_line(bench: argparse.Namespace, name: str, flags: list[str]) -> list
     if "--second_dataset_tokens" not in flags:
         line.append("--skip_stage2")
     args = parse_arguments(line)
-    sequences = stages.sequences_a_step(vars(args), 1)
-    others = [name for name in stages.stage_names(args) if name != "stage1"]
-    steps = {name: stages.total_steps(args, name, None, 1) for name in others}
-    spent = sum(steps[name] * sequences * stages.sequence_length(args, name) for name in others)
+    sequences = stage_text.sequences_a_step(vars(args), 1)
+    others = [name for name in stage_text.stage_names(args) if name != "stage1"]
+    steps = {name: stage_text.planned_steps(args, name, 1) for name in others}
+    spent = sum(steps[name] * sequences * stage_text.sequence_length(args, name) for name in others)
     left = (tokens - spent) // (sequences * args.seq_length)
     if left < 1:
         raise UserError(f"{name}: the other stages take {spent:,} of --tokens {tokens:,}; stage 1 needs a step")
@@ -140,7 +140,7 @@ class Judge:
         import evaluate
         from model_utils import get_student_model
         from parallel import Ranks
-        from stages import held_out_batches
+        from stage_text import held_out_batches
 
         student = get_student_model(str(folder), self.teacher, dtype=self.dtype, device=self.device).eval()
         batches = held_out_batches(self.args, self.valid, self.tokenizer, Ranks())

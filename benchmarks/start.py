@@ -25,6 +25,7 @@ import stages
 from initialization import SILU_IS_ONE, calibrate_mixers, student_from_teacher, visit_layers
 from model_utils import get_teacher_model, get_tokenizer
 from parallel import Ranks
+from stage_text import RunText
 from trainer import Progress, Services, run_stage
 from utils import seed_everything
 
@@ -132,7 +133,7 @@ def measure(
         set_gate(student, *gate)
     if calibrate:
         calibrate_mixers(
-            student, teacher, stages.calibration_tokens(flags, "hidden", tokenizer).to(device), **options
+            student, teacher, RunText(flags, tokenizer).calibration_tokens("hidden").to(device), **options
         )
     held_out = held_out_tokens(flags, tokenizer).to(device)
     row = {"start": mean_error(student, teacher, held_out), "lr": flags.hidden_lr, "steps": steps}
@@ -147,14 +148,15 @@ def measure(
 def held_out_tokens(flags: argparse.Namespace, tokenizer: Any) -> torch.Tensor:
     """A few sequences in another order than the stage's."""
     other = argparse.Namespace(**{**vars(flags), "seed": flags.seed + 1})
-    return stages.calibration_tokens(other, "hidden", tokenizer)
+    return RunText(other, tokenizer).calibration_tokens("hidden")
 
 
 def align(student: Any, flags: argparse.Namespace, teacher: Any, tokenizer: Any, steps: int) -> tuple[float, float]:
     """Run the hidden stage; returns the largest and the last loss of its steps."""
     device = torch.device(flags.device)
-    models = stages.Models(teacher, student, tokenizer, device, device, getattr(torch, flags.dtype))
-    loader = stages.make_loader(flags, "hidden", tokenizer, Ranks())
+    text = RunText(flags, tokenizer)
+    models = stages.Models(teacher, student, text, device, device, getattr(torch, flags.dtype))
+    loader = text.loader("hidden")
     stage = stages.build_stage(flags, "hidden", models, loader, steps, Ranks())
     losses: list[float] = []
     progress = Progress()

@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.remove(str(Path(__file__).resolve().parent))  # its names would hide others
@@ -44,6 +45,7 @@ from memory import MemoryEstimate
 from model_utils import apply_replacements, as_teacher, freeze, share_frozen_weights, transfer_teacher_weights
 from models import LlambaForCausalLM
 from parallel import Ranks, choose_parallel, launched
+from stage_text import RunText
 from trainer import DeviceBatch, Progress, Services, Stage, run_stage
 from utils import default_dtype
 
@@ -128,7 +130,7 @@ def build_pair(args: argparse.Namespace, sizes: Preset, *, share: bool) -> stage
     if share:
         share_frozen_weights(student, teacher)
     student.train()
-    return stages.Models(teacher, student, None, device, device, dtype)
+    return stages.Models(teacher, student, RunText(args, None), device, device, dtype)
 
 
 def place(args: argparse.Namespace, models: stages.Models, ranks: Ranks) -> None:
@@ -150,7 +152,7 @@ def ours(
     layout: str,
 ) -> Stage:
     """The project's own stage, with marks between its parts; those of an alignment are one, "backward"."""
-    stages.calibration_tokens = lambda *_: loader.batches[0].tokens[:1, :-1]  # type: ignore[assignment]
+    models.text = SimpleNamespace(calibration_tokens=lambda _: loader.batches[0].tokens[:1, :-1])  # type: ignore[assignment]
     stage = stages.build_stage(args, name, models, loader, steps, ranks, layout)
     if args.update_in_backward and not isinstance(stage.optimizer, UpdateInBackward):
         stage.optimizer = UpdateInBackward(stage.optimizer, stage.grad_clip)  # type: ignore[assignment]

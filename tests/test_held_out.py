@@ -89,7 +89,7 @@ def test_the_best_checkpoint_is_kept(run, sharp_teacher, sources):
 def figures_of(folder, teacher, sources):
     from model_utils import get_student_model, get_teacher_model, get_tokenizer
     from parallel import Ranks
-    from stages import held_out_batches
+    from stage_text import held_out_batches
 
     flags = ["--student", str(folder), "--teacher", str(teacher), "--seq_length", "64", "--batch_size", "2"]
     batches = held_out_batches(evaluate.parse(flags), str(sources["heldout"]), get_tokenizer(str(teacher)), Ranks())
