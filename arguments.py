@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from masking import mask_secrets
+
 FROM_TEACHER = "from_teacher"  # the --student_model that is built to the teacher's sizes
 
 
@@ -33,8 +35,6 @@ class Parser(argparse.ArgumentParser):
 
 def complain(message: str) -> None:
     """A user's mistake in one line on stderr; under torchrun the first rank speaks for all."""
-    from run_control import mask_secrets
-
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {mask_secrets(message)}", file=sys.stderr)
 

@@ -47,7 +47,7 @@ from checkpoint_files import (
 )
 from folder_checks import check_folder
 from host_copies import HostCopies, available_memory, checked, distinct_bytes
-from run_control import mask_secrets
+from masking import mask_secrets
 from run_folder import CHECKPOINT, RunFolder
 from run_state import changed_flags, read_metadata, read_trainer_state, rng_state, set_rng_state
 

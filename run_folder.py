@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_files import damage, exchange, read_manifest, sync_folder
-from run_control import process_start
+from run_lock import process_start
 
 CHECKPOINT = re.compile(r"checkpoint-\d+|final")
 LEFT_OVER = re.compile(r"\.(?P<kind>tmp|old)-(?P<name>.+)-(?P<pid>\d+)-(?P<ticks>\w+)")

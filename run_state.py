@@ -10,7 +10,7 @@ import torch
 
 from arguments import RESULT_FLAGS, UserError, build_parser
 from checkpoint_files import METADATA, TRAINER_STATE, read_json
-from run_control import mask_secrets
+from masking import mask_secrets
 
 
 def read_trainer_state(folder: Path, map_location: Any = "cpu") -> dict[str, Any]:

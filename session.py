@@ -23,12 +23,13 @@ from checkpoints import (
 )
 from diagnostics import PROMPTS, as_numbers, continuations, gradient_norms, layer_distances
 from evaluate import figures_of, held_out_sums
+from masking import mask_secrets
 from memory import MemoryEstimate, estimate_memory, oom_advice
 from model_card import model_card
 from model_utils import frozen_names
 from parallel import Ranks, copy_rows, is_sharded, own_optimizer_state, whole_optimizer_state, whole_weights
 from plot_metrics import plot_runs
-from run_control import SaveClock, StopSignals, mask_secrets
+from run_control import SaveClock, StopSignals
 from stage_text import RunText, held_out_batches, sequences_a_step
 from stages import Models
 from text_sources import BadData, DataStreamLost

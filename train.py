@@ -50,7 +50,8 @@ def leave_at_once(status: int) -> None:
 def distill(args: argparse.Namespace, ranks: Any) -> int:
     """Check -> build -> stages -> close."""
     import stages
-    from run_control import RunLock, StopSignals
+    from run_control import StopSignals
+    from run_lock import RunLock
     from session import Session
     from stage_text import stage_names
     from trainer import run_stage

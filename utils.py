@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from arguments import UserError
-from run_control import MaskingFilter, mask_secrets
+from masking import MaskingFilter, mask_secrets
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from checkpoints import (
 )
 from conftest import tiny_llama_config
 from host_copies import HostCopies
-from run_control import mask_secrets
+from masking import mask_secrets
 
 
 @pytest.fixture
