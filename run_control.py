@@ -9,15 +9,16 @@ from types import FrameType
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-SAME_REQUEST = 2.0  # seconds in which another signal is the same request: launchers pass Ctrl-C on as SIGTERM
+SAME_REQUEST = 2.0  # seconds in which another signal is the same request: launchers and schedulers repeat theirs
 
 
 class StopSignals:
     """SIGTERM, SIGINT and SIGHUP ask the loop to save and stop, a second one exits at once; SIGUSR1 asks for a save.
 
-    A SIGHUP that was ignored at the start (nohup) stays ignored. A context manager, for the main thread; handlers
-    are restored at its end, and in forked children. A thread of its own sees every signal too, so that the second
-    one works even while the main thread hangs in a collective or in a dead mount.
+    What counts as a second one: see `is_second_request`. A SIGHUP that was ignored at the start (nohup) stays
+    ignored. A context manager, for the main thread; handlers are restored at its end, and in forked children. A
+    thread of its own sees every signal too, so that the second one works even while the main thread hangs in a
+    collective or in a dead mount.
     """
 
     def __init__(self) -> None:
@@ -89,9 +90,22 @@ class StopSignals:
 def _exit_on_second(seen: list[tuple[int, float]], number: int) -> None:
     """Record a stop signal; leave the process with 128+N if it is a second request."""
     now = time.monotonic()
-    if seen and (number == seen[0][0] or now - seen[0][1] > SAME_REQUEST):
+    if seen and is_second_request(seen[0][0], number, now - seen[0][1], launched="RANK" in os.environ):
         os._exit(128 + number)
     seen.append((number, now))
+
+
+def is_second_request(first: int, number: int, seconds: float, *, launched: bool) -> bool:
+    """True if a stop signal, `seconds` after the first, means somebody who will not wait for the save.
+
+    Ctrl-C twice does, at a keyboard. A scheduler's SIGTERM comes to every process of a job, and a launcher passes
+    its own on to its ranks: within SAME_REQUEST that is one request. A launcher's ranks never take a further
+    SIGTERM for haste: it is also what they get when another rank has left, or at a job's time limit, and SIGKILL
+    follows where somebody means it.
+    """
+    if launched:
+        return number == signal.SIGINT and seconds > SAME_REQUEST
+    return seconds > SAME_REQUEST or number == first == signal.SIGINT
 
 
 class SaveClock:

@@ -349,6 +349,11 @@ class Session:
         for name, value in weights.items():
             copy_rows(named[name], value)
 
+    def stopped(self) -> int:
+        """The exit status after a signal, once the checkpoint is written: when one rank leaves, all are ended."""
+        self.store.wait()
+        return max(self.ranks.gather(self.signals.exit_code))
+
     def close(self) -> None:
         """Wait for the checkpoint in flight and close the tracker."""
         self.store.wait()

@@ -90,7 +90,7 @@ def distill(args: argparse.Namespace, ranks: Any) -> int:
                 session.enter(stage)
                 log.info("%s: %d optimizer steps", name, stage.total_steps)
                 if not run_stage(stage, session.progress, session.services()):
-                    return max(ranks.gather(signals.exit_code))
+                    return session.stopped()
             session.save_final()
         except Exception as error:
             return failure_status(error, session)

@@ -30,12 +30,13 @@ pytestmark = pytest.mark.slow
 EXACT = {"dtype": "float32", "optimizer": "adamw", "skip_stage2": True, "max_steps": 10, "grad_accumulation_steps": 2}
 
 
-def launch(ranks, flags, *, wait=True, **variables):
-    """train.py under torchrun on `ranks` processes (0: without torchrun): its process, finished if `wait`."""
-    command = [sys.executable, str(ROOT / "train.py")]
+def launch(ranks, flags, *, wait=True, script="train.py", shutdown_timeout=30, **variables):
+    """A script under torchrun on `ranks` processes (0: without torchrun): its process, finished if `wait`."""
+    command = [sys.executable, str(ROOT / script)]
     if ranks:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        command += ["--signals-to-handle=SIGTERM,SIGINT", str(ROOT / "train.py")]
+        command += ["--signals-to-handle=SIGTERM,SIGINT", f"--shutdown-timeout={shutdown_timeout}"]
+        command += [str(ROOT / script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     quiet = None if ranks == 0 else lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     log = tempfile.TemporaryFile("w+")  # noqa: SIM115  a pipe that nobody reads would stop the run when it is full
@@ -195,9 +196,9 @@ def wait_until(condition, seconds=120):
         time.sleep(0.1)
 
 
-def start_long_run(folder, tiny_teacher, sources, **changes):
+def start_long_run(folder, tiny_teacher, sources, script="train.py", shutdown_timeout=30, **changes):
     flags = runs.flags(tiny_teacher, sources, folder, skip_stage2=True, max_steps=100_000, **changes)
-    return launch(2, flags, wait=False)
+    return launch(2, flags, wait=False, script=script, shutdown_timeout=shutdown_timeout)
 
 
 @pytest.mark.parametrize("victim, way", [(1, "fsdp"), (0, "ddp")])

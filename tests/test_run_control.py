@@ -7,7 +7,7 @@ import time
 import pytest
 
 import run_control
-from run_control import SaveClock, StopSignals
+from run_control import SaveClock, StopSignals, is_second_request
 from scripts import Script
 
 LOOP = """
@@ -32,12 +32,13 @@ def test_a_signal_asks_for_a_save_and_exit_with_128_and_its_number(number):
     assert script.end() == (128 + number, "saving")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_exits_at_once(number):
+@pytest.mark.parametrize("number, later", [(signal.SIGTERM, 2.1), (signal.SIGINT, 0.0)])
+def test_a_second_signal_exits_at_once(number, later):
     script = Script(LOOP.format(saving=60))
     script.line()
     script.send(number)
     assert script.line() == "saving"
+    time.sleep(later)
     began = time.monotonic()
     script.send(number)
     assert script.end()[0] == 128 + number
@@ -68,9 +69,9 @@ def test_a_second_signal_exits_although_the_main_thread_hangs_in_c():
 import ctypes
 from run_control import StopSignals
 with StopSignals():
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # the main thread never gets to its handlers
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # the main thread never gets to its handlers
     def take():
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         time.sleep(60)
     threading.Thread(target=take).start()
     print("ready")
@@ -78,11 +79,34 @@ with StopSignals():
 """
     )
     script.line()
-    script.send(signal.SIGTERM)
+    script.send(signal.SIGINT)
     time.sleep(0.3)
     assert script.process.poll() is None
-    script.send(signal.SIGTERM)
-    assert script.end()[0] == 128 + signal.SIGTERM
+    script.send(signal.SIGINT)
+    assert script.end()[0] == 128 + signal.SIGINT
+
+
+TERM, INT, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+
+
+@pytest.mark.parametrize(
+    "first, number, seconds, launched, second",
+    [
+        (INT, INT, 0.1, False, True),  # an impatient user
+        (TERM, TERM, 0.1, False, False),  # SLURM, to srun and to the task
+        (TERM, TERM, 2.5, False, True),
+        (INT, TERM, 0.1, False, False),
+        (INT, TERM, 2.5, False, True),
+        (TERM, TERM, 1.9, True, False),  # torchrun passes on what its ranks have had, too
+        (TERM, TERM, 300.0, True, False),  # at the time limit, still saving
+        (INT, TERM, 9.0, True, False),  # another rank has left
+        (INT, INT, 0.1, True, False),  # the terminal's, and torchrun's
+        (INT, INT, 2.5, True, True),
+        (HUP, HUP, 9.0, True, False),
+    ],
+)
+def test_which_signals_are_a_second_request(first, number, seconds, launched, second):
+    assert is_second_request(first, number, seconds, launched=launched) is second
 
 
 def test_a_launcher_that_passes_ctrl_c_on_as_sigterm_does_not_cut_the_save_off():
