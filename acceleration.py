@@ -291,7 +291,7 @@ def accelerate(args: argparse.Namespace, models: Any, modes: str | Sequence[str]
     If anything fails to compile, everything runs eagerly, and `args.no_compile` says so from then on.
     """
     set_activation_checkpointing(models.student, modes)
-    if args.teacher_fp8:
+    if args.teacher_fp8 and models.teacher is not None:
         check_fp8(models.teacher_device)
         log.info("teacher in fp8: %.2f GiB of matrices", quantise_teacher_fp8(models.teacher))
     if not compiles(args):
@@ -299,12 +299,13 @@ def accelerate(args: argparse.Namespace, models: Any, modes: str | Sequence[str]
     if models.dtype != torch.float32:
         # The only float32 product of a bf16 step mixes chunk states; TF32 keeps more of them than their bf16 sources.
         torch.set_float32_matmul_precision("high")
-    compile_layers(models.teacher)
-    compile_layers(models.student)
+    pair = [model for model in (models.teacher, models.student) if model is not None]
+    for model in pair:
+        compile_layers(model)
     if not compiles_here("a layer, the loss or the optimizer", functools.partial(trial_step, args, models)):
         args.no_compile = True
-        uncompile_layers(models.teacher)
-        uncompile_layers(models.student)
+        for model in pair:
+            uncompile_layers(model)
     models.student.zero_grad(set_to_none=True)
 
 

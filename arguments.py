@@ -178,7 +178,12 @@ def build_parser() -> Parser:
 
     add = parser.add_argument_group("loss").add_argument
     add("--temperature", type=real(0, above=True), default=1.0, help="softmax temperature of the distillation term")
-    add("--kl_weight", type=real(0), default=1.0, help="weight of the distillation term; 0 runs no teacher forward")
+    add(
+        "--kl_weight",
+        type=real(0),
+        default=1.0,
+        help="weight of the distillation term; 0: hard labels alone; no teacher but for what needs one",
+    )
     add("--ce_weight", type=real(0), default=0.0, help="weight of the hard-label cross-entropy")
     add(
         "--layer_weight",

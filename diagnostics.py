@@ -4,7 +4,8 @@ Both wait for the device, so they have intervals of their own; nothing here touc
 or the weights.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -47,38 +48,48 @@ def gradient_norms(student: Any, scale: float = 1.0) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def layer_distances(student: Any, teacher: Any, inputs: Tensor, positions: Tensor | None) -> dict[str, Tensor]:
-    """How far the student is from its teacher after each layer, and how long its mixers remember.
+    """How far the student is from its teacher (None: no distance) after each layer, how long its mixers remember.
 
     `layers/hidden_distance_<i>`: norm of the difference of both models' hidden states after layer i, over the norm
     of the teacher's; `layers/mean_decay_<i>`: mean of a_t over heads and tokens. Scalars on their devices, from the
     first sequence of inputs int64 [b, t] alone; positions [b, t] restart at each document. Two layers' activations
     are alive at a time.
     """
-    backbone, model = student.backbone, teacher.model
-    device, there = backbone.embedding.weight.device, model.embed_tokens.weight.device
+    backbone = student.backbone
+    device = backbone.embedding.weight.device
     inputs = inputs[:1, :LONGEST]
     positions = None if positions is None else positions[:1, :LONGEST]
-    ours, theirs = backbone.embedding(inputs.to(device)), model.embed_tokens(inputs.to(there))
+    ours = backbone.embedding(inputs.to(device))
     resets = None if positions is None else positions.to(device) == 0
     replaced = student.config.attention_layers
     own = None
     if replaced:
         here = None if positions is None else positions.to(device)
         own = AttentionInputs(backbone.attention_config, backbone.rotary_emb, ours, here, layers=replaced)
-    far = None if positions is None else positions.to(there)
-    other = AttentionInputs(model.config, model.rotary_emb, theirs, far, layers=range(len(model.layers)))
+    targets = itertools.repeat(None) if teacher is None else _teacher_states(teacher.model, inputs, positions)
     figures: dict[str, Tensor] = {}
     with eagerly():
-        for index, (layer, original) in enumerate(zip(backbone.layers, model.layers)):
+        for index, (layer, theirs) in enumerate(zip(backbone.layers, targets)):
             if own is not None and index in replaced:
                 ours = layer(ours, past_key_values=None, use_cache=False, **own.for_layer(index))
             else:
                 figures[f"layers/mean_decay_{index}"] = layer.mixer.decays(layer.input_layernorm(ours)).mean()
                 ours = layer(ours, resets)
-            theirs = original(theirs, past_key_values=None, use_cache=False, **other.for_layer(index))
-            wide, target = ours.float(), theirs.to(device).float()
-            figures[f"layers/hidden_distance_{index}"] = (wide - target).norm() / target.norm()
+            if theirs is not None:
+                wide, target = ours.float(), theirs.to(device).float()
+                figures[f"layers/hidden_distance_{index}"] = (wide - target).norm() / target.norm()
     return figures
+
+
+def _teacher_states(model: Any, inputs: Tensor, positions: Tensor | None) -> Iterator[Tensor]:
+    """A teacher's hidden states [b, t, d] after each layer, on its device."""
+    device = model.embed_tokens.weight.device
+    hidden = model.embed_tokens(inputs.to(device))
+    positions = None if positions is None else positions.to(device)
+    options = AttentionInputs(model.config, model.rotary_emb, hidden, positions, layers=range(len(model.layers)))
+    for index, layer in enumerate(model.layers):
+        hidden = layer(hidden, past_key_values=None, use_cache=False, **options.for_layer(index))
+        yield hidden
 
 
 def as_numbers(figures: dict[str, Tensor]) -> dict[str, float]:

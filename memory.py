@@ -22,6 +22,7 @@ from losses import CHUNK_LOGITS_COMPILED, CHUNK_LOGITS_EAGER, PARTS_COMPILED
 from model_utils import freeze
 from models import LlambaConfig, LlambaForCausalLM
 from muon import STACKED
+from teacher import TeacherNeed
 from utils import default_dtype
 
 GIB = 2**30
@@ -43,6 +44,7 @@ class MemoryEstimate:
     parts: dict[str, float]
     modes: tuple[str, ...]
     savings: dict[str, float]  # flag -> bytes that it would save
+    at_start: bool = False  # the peak is not a step's: both models while they are loaded
 
     @property
     def allocated(self) -> float:
@@ -57,7 +59,8 @@ class MemoryEstimate:
     def describe(self) -> str:
         """One line: the peak and its breakdown in GiB, and the checkpointing mode."""
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in self.parts.items() if size >= 0.05 * GIB)
-        return f"{self.allocated / GIB:.1f} GiB ({parts}); gradient checkpointing {describe_modes(self.modes)}"
+        when = "while the models are loaded; " if self.at_start else ""
+        return f"{self.allocated / GIB:.1f} GiB ({parts}); {when}gradient checkpointing {describe_modes(self.modes)}"
 
 
 def describe_modes(modes: Sequence[str]) -> str:
@@ -87,8 +90,9 @@ class StepModel:
         args: argparse.Namespace,
         shards: int = 1,
         replicated: bool = False,
+        teacher_need: TeacherNeed = "throughout",
     ):
-        self.args, self.shards, self.replicated = args, shards, replicated
+        self.args, self.shards, self.replicated, self.teacher_need = args, shards, replicated, teacher_need
         self.dtype = getattr(torch, args.dtype)
         self.parameter_dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
         self.student = meta_student(teacher_config, student_config, args, self.parameter_dtype)
@@ -115,7 +119,10 @@ class StepModel:
         for parameter in self._trainable():
             matrix = parameter.ndim > 1
             state += parameter.numel() * STATE_BYTES[self.args.optimizer if matrix else "adamw"][wide]
-        there = there if self.same_device and self.args.kl_weight > 0 else 0.0
+        there = there if self.same_device else 0.0
+        whole = total * self.parameter_dtype.itemsize  # nothing is shared or let go of yet
+        self.loading = {"teacher weights": there, "student weights": float(whole)}
+        there = there if self.teacher_need == "throughout" else 0.0
         if self.shards > 1:  # the teacher's embedding and head stay whole; two layers of each model are gathered
             ends, layers = (teacher - matrices) * size, self.student.config.n_layer
             own = total * self.parameter_dtype.itemsize
@@ -240,7 +247,11 @@ class StepModel:
             **peak,
             "workspace": WORKSPACE,
         }
-        return MemoryEstimate(parts, tuple(modes), self._savings(parts, costs))
+        savings = self._savings(parts, costs)
+        loading = self.loading | {"workspace": WORKSPACE}
+        if self.teacher_need == "at the start" and sum(loading.values()) > sum(parts.values()):
+            return MemoryEstimate(loading, tuple(modes), savings, at_start=True)
+        return MemoryEstimate(parts, tuple(modes), savings)
 
     def _savings(self, parts: dict[str, float], costs: list[LayerCost]) -> dict[str, float]:
         """What each flag would save, in bytes, roughly: for advice."""
@@ -283,14 +294,16 @@ def estimate_memory(
     free_bytes: float | None = None,
     shards: int = 1,
     replicated: bool = False,
+    teacher_need: TeacherNeed = "throughout",
 ) -> MemoryEstimate:
     """The peak of a training step from the two configurations and the flags; nothing is loaded.
 
     `--gradient_checkpointing auto` takes the least recomputation with which the step fits into `free_bytes`: layers
     go from none to selective, then from selective to full, one at a time; on the CPU (`free_bytes` None) none.
     With `shards`, both models are sharded over that many ranks (FSDP2); `replicated`: whole on each of them (DDP).
+    A teacher that is needed "at the start" alone is gone in a step: the peak is a step's or the loading's.
     """
-    step = StepModel(teacher_config, student_config, args, shards, replicated)
+    step = StepModel(teacher_config, student_config, args, shards, replicated, teacher_need)
     layers = step.student.config.n_layer
     if args.gradient_checkpointing != "auto":
         return step.estimate([args.gradient_checkpointing] * layers)

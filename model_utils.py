@@ -139,7 +139,7 @@ def teacher_hidden(
 
 def get_student_model(
     name: str,
-    teacher: PreTrainedModel,
+    teacher: PreTrainedModel | None,
     *,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
@@ -152,7 +152,7 @@ def get_student_model(
     attn_implementation: of the attention layers that a checkpoint of a hybrid holds. expand: mixer heads for each
     attention head, with `from_teacher`.
     Raises `UserError` when the checkpoint is incomplete, has keys too few, too many or misshapen, or when its
-    vocabulary or sizes do not fit the teacher's.
+    vocabulary or sizes do not fit the teacher's (where one is given).
     """
     if name == FROM_TEACHER:
         from initialization import student_from_teacher
@@ -164,7 +164,8 @@ def get_student_model(
         student = LlambaForCausalLM.load(name, dtype=dtype, **options)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(_load_failure("student", name, local_files_only, error)) from error
-    check_pair(student.config, teacher.config, name)
+    if teacher is not None:
+        check_pair(student.config, teacher.config, name)
     placed: Any = student
     return placed.to(device)
 
@@ -200,9 +201,9 @@ def check_layers(layers: Sequence[int | str], n_layer: int) -> list[int]:
     return chosen
 
 
-def is_distilled(student: LlambaForCausalLM) -> bool:
-    """True for a checkpoint of this toolkit: its weights are already the student's own."""
-    return getattr(student.config, "teacher_model", None) is not None
+def is_distilled(config: LlambaConfig) -> bool:
+    """True for the configuration of a checkpoint of this toolkit: its weights are already the student's own."""
+    return getattr(config, "teacher_model", None) is not None
 
 
 @torch.no_grad()
@@ -321,12 +322,14 @@ def frozen_names(student: nn.Module) -> set[str]:
     return {name for name, p in student.named_parameters() if not p.requires_grad}
 
 
-def describe_parameters(student: nn.Module, teacher: nn.Module) -> str:
+def describe_parameters(student: nn.Module, teacher: nn.Module | None) -> str:
     """One line with the sizes of both models, in billions of parameters."""
     trainable = sum(p.numel() for p in student.parameters() if p.requires_grad) / 1e9
     total = sum(p.numel() for p in student.parameters()) / 1e9
-    teacher_total = sum(p.numel() for p in teacher.parameters()) / 1e9
-    return f"student {total:.3f}B parameters, {trainable:.3f}B of them trainable; teacher {teacher_total:.3f}B"
+    own = f"student {total:.3f}B parameters, {trainable:.3f}B of them trainable"
+    if teacher is None:
+        return f"{own}; no teacher is kept, since nothing of this run needs one from here on"
+    return f"{own}; teacher {sum(p.numel() for p in teacher.parameters()) / 1e9:.3f}B"
 
 
 def _pattern(name: str) -> tuple[str, int | None]:

@@ -26,12 +26,13 @@ from evaluate import figures_of, held_out_sums
 from masking import mask_secrets
 from memory import MemoryEstimate, estimate_memory, oom_advice
 from model_card import model_card
-from model_utils import frozen_names
+from model_utils import frozen_names, load_config
 from parallel import Ranks, copy_rows, is_sharded, own_optimizer_state, whole_optimizer_state, whole_weights
 from plot_metrics import plot_runs
 from run_control import SaveClock, StopSignals
 from stage_text import RunText, held_out_batches, sequences_a_step
 from stages import Models
+from teacher import TeacherNeed
 from text_sources import BadData, DataStreamLost
 from trainer import AnotherRankStopped, DeviceBatch, Progress, Services, Stage, TooManyBadSteps
 from utils import Tracker, format_line, library_versions
@@ -267,7 +268,9 @@ class Session:
         """The line for a run that is out of memory; on the CPU the estimate is made only now."""
         args, models = self.args, self.models
         if self.estimate is None and models is not None:
-            self.estimate = estimate_memory(models.teacher.config, models.student.config, args)
+            teacher = load_config(args.teacher_model, local_files_only=True)
+            need: TeacherNeed = "never" if models.teacher is None else "throughout"
+            self.estimate = estimate_memory(teacher, models.student.config, args, teacher_need=need)
         if self.estimate is None:
             return f"out of memory on {args.device} while the models were loaded"
         return oom_advice(self.estimate, args)

@@ -2,7 +2,9 @@
 
 import argparse
 import functools
+import gc
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +41,7 @@ from mohawk import AlignmentStep, trained_mixers
 from optimizer import build_optimizer, build_schedule
 from parallel import Ranks
 from stage_text import RunText, stage_names
-from teacher import HostTeacher, OwnTeacher
+from teacher import HostTeacher, OwnTeacher, TeacherNeed, teacher_need
 from trainer import Stage
 
 log = logging.getLogger(__name__)
@@ -49,7 +51,7 @@ log = logging.getLogger(__name__)
 class Models:
     """The pair, the text that it learns from, and how the student's parts are run."""
 
-    teacher: PreTrainedModel
+    teacher: PreTrainedModel | None  # None where nothing from here on needs it
     student: LlambaForCausalLM
     text: RunText
     device: torch.device
@@ -70,11 +72,15 @@ class Inputs:
 
     text: RunText
     estimate: MemoryEstimate | None  # of a training step on a GPU
+    teacher_need: TeacherNeed
     parallel: str = "none"  # or ddp, fsdp
 
 
-def check_inputs(args: argparse.Namespace, student_source: str, ranks: Ranks) -> Inputs:
-    """What can be wrong with the models, found from their configurations alone, and what they will take."""
+def check_inputs(args: argparse.Namespace, student_source: str, names: Collection[str], ranks: Ranks) -> Inputs:
+    """What can be wrong with the models, found from their configurations alone, and what they will take.
+
+    names: of the stages that are still to run.
+    """
     fetch_model("--teacher_model", args.teacher_model, args)
     teacher = load_config(args.teacher_model, local_files_only=True)
     check_teacher_config(teacher, args.teacher_model)
@@ -94,22 +100,29 @@ def check_inputs(args: argparse.Namespace, student_source: str, ranks: Ranks) ->
         student = load_config(student_source, config_class=LlambaConfig, local_files_only=True)
         check_pair(student, teacher, student_source)
     check_layers(args.layers, teacher.num_hidden_layers)
+    need = teacher_need(args, names, fresh=not is_distilled(student))
     way, estimate = parallel.choose_parallel(args, ranks), None
     if args.device.startswith("cuda"):
         free, total = torch.cuda.mem_get_info(args.device)
-        way, estimate = settle_parallel(teacher, student, args, way, free, ranks)
+        way, estimate = settle_parallel(teacher, student, args, way, free, ranks, need)
         log.info("estimated peak of a step: %s; free %.1f of %.1f GiB", estimate.describe(), free / GIB, total / GIB)
     if way in ("ddp", "fsdp"):
         log.info("%d ranks, %s", ranks.world_size, "replicated" if way == "ddp" else "sharded")
     text = RunText(args, get_tokenizer(args.teacher_model, local_files_only=True), ranks)
-    return Inputs(text, estimate, way)
+    return Inputs(text, estimate, need, way)
 
 
 def settle_parallel(
-    teacher: Any, student: LlambaConfig, args: argparse.Namespace, way: str, free: float | None, ranks: Ranks
+    teacher: Any,
+    student: LlambaConfig,
+    args: argparse.Namespace,
+    way: str,
+    free: float | None,
+    ranks: Ranks,
+    need: TeacherNeed = "throughout",
 ) -> tuple[str, MemoryEstimate]:
     """`way` with auto settled (ddp where a step fits into every rank's `free` bytes, else fsdp), and its estimate."""
-    estimated = functools.partial(estimate_memory, teacher, student, args, free)
+    estimated = functools.partial(estimate_memory, teacher, student, args, free, teacher_need=need)
     if way != "fsdp":
         estimate = estimated(replicated=way != "none")
         if way != "auto":
@@ -127,15 +140,17 @@ def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, 
     """Load the pair and do the surgery, unless the student is a checkpoint that already had it."""
     (device, teacher_device), text = devices, inputs.text
     dtype = getattr(torch, args.dtype)
-    fetch_model("--teacher_model", args.teacher_model, args, weights=True)
-    fetch_model("--student_model", student_source, args, weights=True)
     options = dict(attn_implementation=args.attn_implementation, local_files_only=True)
-    teacher = get_teacher_model(args.teacher_model, dtype=dtype, device=teacher_device, **options)
+    teacher: Any = None
+    if inputs.teacher_need != "never":
+        fetch_model("--teacher_model", args.teacher_model, args, weights=True)
+        teacher = get_teacher_model(args.teacher_model, dtype=dtype, device=teacher_device, **options)
+    fetch_model("--student_model", student_source, args, weights=True)
     parameter_dtype = torch.float32 if dtype == torch.float16 else dtype
     student = get_student_model(
         student_source, teacher, dtype=parameter_dtype, device=device, expand=args.expand, **options
     )
-    if is_distilled(student):
+    if is_distilled(student.config):
         log.info("%s is a distilled student: its weights, sizes and layers are kept as they are", student_source)
     else:
         layers = check_layers(args.layers, teacher.config.num_hidden_layers)
@@ -154,7 +169,11 @@ def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, 
         replaced_layers=args.freeze_replaced_layers,
         embeddings=args.freeze_embeddings,
     )
-    share_frozen_weights(student, teacher)
+    if teacher is not None:
+        share_frozen_weights(student, teacher)
+    if inputs.teacher_need == "at the start":
+        teacher = None
+        gc.collect()  # a model holds itself in circles
     student.train()
     log.info(describe_parameters(student, teacher))
     models = Models(teacher, student, text, device, teacher_device, dtype)
@@ -166,8 +185,9 @@ def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, 
 
 def connect(args: argparse.Namespace, models: Models, ranks: Ranks) -> None:
     """Make of the pair what steps and evaluations are made of: head, step, and where hidden states come from."""
-    # detached: a teacher that moves to another device takes its parameters along
-    models.teacher_head = models.teacher.get_output_embeddings().weight.detach().to(models.device)
+    if models.teacher is not None:
+        # detached: a teacher that moves to another device takes its parameters along
+        models.teacher_head = models.teacher.get_output_embeddings().weight.detach().to(models.device)
     models.step = DistillationStep(
         models.student,
         models.teacher_head,  # also with hard labels alone: evaluations compare with the teacher
@@ -178,7 +198,8 @@ def connect(args: argparse.Namespace, models: Models, ranks: Ranks) -> None:
         compile=compiles(args),
         autocast=torch.float16 if models.dtype == torch.float16 else None,
     )
-    models.hidden_states = hidden_states(args, models, ranks)
+    if models.teacher is not None:
+        models.hidden_states = hidden_states(args, models, ranks)
 
 
 def serves_host(args: argparse.Namespace, ranks: Ranks) -> bool:

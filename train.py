@@ -75,9 +75,9 @@ def distill(args: argparse.Namespace, ranks: Any) -> int:
             if session.finished:
                 log.info("%s holds a finished run: nothing to do", args.output_dir)
                 return 0
-            inputs = ranks.together(lambda: stages.check_inputs(args, session.student_source, ranks))
-            session.estimate, text = inputs.estimate, inputs.text
             names = session.stages_left(stage_names(args))
+            inputs = ranks.together(lambda: stages.check_inputs(args, session.student_source, names, ranks))
+            session.estimate, text = inputs.estimate, inputs.text
             loaders = ranks.together(lambda: {name: text.loader(name) for name in names})
             session.models = ranks.together(
                 lambda: stages.build_models(args, session.student_source, inputs, devices, ranks)
