@@ -266,7 +266,7 @@ def estimate_steps_per_epoch(spec: SourceSpec, tokenizer: Any, *, seq_length: in
 def estimate_tokens(spec: SourceSpec, tokenizer: Any) -> float:
     """Tokens of one pass over a source, separators included, estimated from a sample of up to 8 files."""
     source = open_source(spec)
-    encoder = DocumentEncoder(tokenizer, source.chat)
+    encoder = DocumentEncoder(tokenizer, source.chat, started=spec.version > 1)
     count = len(source.files)
     chosen = sorted({round(i * (count - 1) / (SAMPLED_FILES - 1)) for i in range(SAMPLED_FILES)})
     tokens = 0.0

@@ -109,7 +109,7 @@ def continuations(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[st
     texts = []
     with eagerly():
         for prompt in prompts:
-            given = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(model.device)
+            given = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
             written = model.generate(given, attention_mask=torch.ones_like(given), **GREEDY)
             texts.append(tokenizer.decode(written[0, given.shape[1] :], skip_special_tokens=True))
     model.train(was_training)

@@ -2,7 +2,8 @@
 
 A document becomes a list of *segments*: pieces of text still to be tokenised, and ids that are known already (the
 chat template's own text, the separator). Text is tokenised with special tokens switched off, so that the name of
-one inside a document stays text.
+one inside a document stays text. A text starts as the tokenizer itself starts one, since evaluation and generation
+do.
 """
 
 import functools
@@ -69,12 +70,21 @@ def plain_backend(tokenizer: Any) -> Any:
     return _copies[tokenizer]
 
 
+def start_ids(backend: Any) -> np.ndarray:
+    """What the tokenizer itself puts before a text, int32: Llama 3's is its BOS, SmolLM2's is empty."""
+    found = backend.encode("a")
+    added = itertools.takewhile(lambda pair: pair[1], zip(found.ids, found.special_tokens_mask))
+    return np.array([token for token, _ in added], dtype=np.int32)
+
+
 class DocumentEncoder:
     """Turns values of a text or conversations column into segments, and segments into ids."""
 
-    def __init__(self, tokenizer: Any, chat: bool = False):
+    def __init__(self, tokenizer: Any, chat: bool = False, started: bool = True):
+        """`started` False leaves out the tokenizer's own start of a text, as runs begun before that rule do."""
         self.tokenizer, self.chat = tokenizer, chat
         self.backend = plain_backend(tokenizer)
+        self.start = start_ids(self.backend)[: None if started else 0]
         self.separator = np.array([separator_id(tokenizer)], dtype=np.int32)
         self.boundary = find_boundary(self.backend)
         if chat and not tokenizer.chat_template:
@@ -89,6 +99,8 @@ class DocumentEncoder:
     def segments(self, value: Any) -> Iterable[Segment]:
         """Segments of one document, the separator last; none for an empty document. A text is split as it is used.
 
+        A text begins with the tokenizer's own start (nothing for some); a conversation is its template's output.
+
         Raises `BadDocument`, before the first segment, for values that are no text or no conversation.
         """
         if value is None:
@@ -96,16 +108,19 @@ class DocumentEncoder:
         if self.chat:
             return self._conversation(value)
         if isinstance(value, bytes | memoryview):
-            return itertools.chain(split_long(value, self.boundary), [self.separator])
+            return itertools.chain(self._begun(), split_long(value, self.boundary), [self.separator])
         if not isinstance(value, str):
             raise BadDocument(f"the column holds {type(value).__name__}, not text")
         if not value or value.isspace():
             return []
-        return itertools.chain(self._pieces(value), [self.separator])
+        return itertools.chain(self._begun(), self._pieces(value), [self.separator])
 
     def encode(self, texts: Sequence[str]) -> list[Any]:
         """The backend's encodings of plain texts, without special tokens, for `ids_of`."""
         return self.backend.encode_batch_fast(list(texts), add_special_tokens=False) if texts else []
+
+    def _begun(self) -> list[Segment]:
+        return [self.start] if len(self.start) else []
 
     def _pieces(self, text: str) -> Iterator[str]:
         try:

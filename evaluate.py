@@ -164,7 +164,7 @@ def speed_figures(models: dict[str, Any], tokenizer: Any, tokens: int, device: A
     """Generated tokens a second, greedy, batch 1, after one warm-up."""
     import torch
 
-    prompt = tokenizer("The history of", return_tensors="pt", add_special_tokens=False).to(device)
+    prompt = tokenizer("The history of", return_tensors="pt").to(device)
     options = dict(min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False, use_cache=True)
     figures = {}
     for name, model in models.items():

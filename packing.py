@@ -10,7 +10,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from arguments import UserError
 from documents import BadDocument, DocumentEncoder, Segment, ids_of
 from row_readers import BadData
-from text_sources import SourceSpec, TextSource, TextTable, load_table, open_source
+from text_sources import TEXT_VERSION, SourceSpec, TextSource, TextTable, load_table, open_source
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,6 @@ UNSHUFFLED_BLOCK = 256  # documents read at a time when they are not shuffled
 TABLE_BLOCK = 1024  # documents taken at a time from a source that was loaded at once
 BLOCK_CHARACTERS = 1 << 28  # a block ends early at this much text, so that huge documents do not add up
 FIRST_CHARACTERS, MOST_CHARACTERS = 1 << 16, 1 << 20  # of text tokenised at once, at the start and later
-STATE_VERSION = 1
 
 
 class Cursor(NamedTuple):
@@ -171,11 +170,14 @@ class PackedTextDataset(IterableDataset):
         super().__init__()
         self.spec, self.seq_length, self.seed, self.epochs = spec, seq_length, seed, epochs
         self.source = source or open_source(spec)
-        self.encoder = DocumentEncoder(tokenizer, self.source.chat)
+        self.encoder = self._make_encoder(tokenizer)
         self.cursor, self.sequences = Cursor(), 0
         self.counters = dict.fromkeys(("documents", "skipped_empty", "bad", "tokens"), 0)
         self.blocks = self._make_blocks()
         self._check_enough()
+
+    def _make_encoder(self, tokenizer: Any) -> DocumentEncoder:
+        return DocumentEncoder(tokenizer, self.source.chat, started=self.spec.version > 1)
 
     def _make_blocks(self) -> StreamedBlocks | TableBlocks:
         if self.spec.streaming:
@@ -307,7 +309,7 @@ class PackedTextDataset(IterableDataset):
     def state_dict(self) -> dict[str, Any]:
         """Plain python, a few hundred bytes whatever the source, the buffer or the position."""
         return {
-            "version": STATE_VERSION,
+            "version": self.spec.version,
             "source": self.source.identity,
             "commit": self.source.commit,
             "order": [self.seed, self.spec.shuffle_buffer, self.spec.streaming],
@@ -317,14 +319,19 @@ class PackedTextDataset(IterableDataset):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken, at any world size and batch size.
+        """Go on where `state` was taken, at any world size and batch size, and by the rules of its version.
 
         Raises `UserError` when the files, the seed or the shuffling are others than then.
         """
+        if state["version"] not in range(1, TEXT_VERSION + 1):
+            raise UserError(f"{self.spec.name}: the data state was saved by a newer version of this toolkit")
+        if state["version"] != self.spec.version:
+            self.spec = replace(self.spec, version=state["version"])
+            self.encoder = self._make_encoder(self.encoder.tokenizer)
         if state["commit"] and state["commit"] != self.source.commit:
             self.source = open_source(self.spec, state["commit"])
             self.blocks = self._make_blocks()
-        if state["version"] != STATE_VERSION or state["source"] != self.source.identity:
+        if state["source"] != self.source.identity:
             raise UserError(f"{self.spec.name}: its files are not those that the saved data state was taken with")
         if list(state["order"]) != [self.seed, self.spec.shuffle_buffer, self.spec.streaming]:
             raise UserError(

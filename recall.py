@@ -64,7 +64,7 @@ def recall_accuracy(model: Any, tokenizer: Any, rows: Sequence[RecallRow], devic
     """
     right = 0
     for row in rows:
-        encoded = tokenizer(row.prompt + row.answer, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = tokenizer(row.prompt + row.answer, return_offsets_mapping=True)
         answer = sum(end > len(row.prompt) for _, end in encoded.offset_mapping)
         tokens = torch.tensor([encoded.input_ids], device=device)
         logits = model(input_ids=tokens[:, :-1], logits_to_keep=answer, use_cache=False).logits

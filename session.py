@@ -27,10 +27,11 @@ from masking import mask_secrets
 from memory import MemoryEstimate, estimate_memory, oom_advice
 from model_card import model_card
 from model_utils import frozen_names, load_config
+from origins import Origins
 from parallel import Ranks, copy_rows, is_sharded, own_optimizer_state, whole_optimizer_state, whole_weights
 from plot_metrics import plot_runs
 from run_control import SaveClock, StopSignals
-from stage_text import RunText, held_out_batches, sequences_a_step
+from stage_text import RunText, sequences_a_step
 from stages import Models
 from teacher import TeacherNeed
 from text_sources import BadData, DataStreamLost
@@ -52,6 +53,7 @@ class Session:
         self.models: Models | None = None
         self.estimate: MemoryEstimate | None = None
         self.finished = False
+        self.origins = Origins()
         self.trainer_state: dict[str, Any] = {}
         self.resumed_from = ranks.first(lambda: self.store.resolve(args.resume))
         self.micro_steps_saved = 0
@@ -87,6 +89,7 @@ class Session:
                 "(--resume_force goes on all the same; a new --output_dir starts anew)"
             )
         self.finished = metadata.get("finished", False)
+        self.origins = Origins.recorded(metadata)
         if not self.finished:
             self.trainer_state = read_trainer_state(folder)
             self.progress = Progress(**metadata["progress"], loader=self.trainer_state["loader"])
@@ -230,7 +233,7 @@ class Session:
         """Held-out figures as `eval/...` (the teacher's own once); a new best KL makes a save due."""
         assert self.models is not None
         args, models = self.args, self.models
-        batches = held_out_batches(args, args.eval_dataset, models.tokenizer, self.ranks)
+        batches = models.text.held_out_loader()
         pair = (models.step, models.hidden_states, models.teacher_head)
         figures = figures_of(
             lambda batch: held_out_sums(*pair, batch, models.device),
@@ -312,6 +315,7 @@ class Session:
             "attention_layers": student.config.attention_layers,
             "ranks": self.ranks.world_size,
             "versions": library_versions(),
+            **self.origins.as_metadata(),
             "wandb_run_id": self.tracker.run_id,
         }
         self.store.save(

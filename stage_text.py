@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from data import SourceSpec, TextLoader, build_loader, estimate_steps_per_epoch
+from origins import Origins
 from parallel import Ranks
+from text_sources import TEXT_VERSION
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +49,7 @@ class RunText:
     args: argparse.Namespace
     tokenizer: Any
     ranks: Ranks = field(default_factory=Ranks)
+    origins: Origins = field(default_factory=Origins)
 
     def loader(self, name: str) -> TextLoader:
         """This rank's loader of a stage; raises `UserError` if the source or its columns are not there or empty."""
@@ -75,6 +78,7 @@ class RunText:
             on_bad_data=args.on_bad_data,
             network_patience=args.network_patience,
             shuffle_buffer=args.shuffle_buffer,
+            version=self.origins.text_version,
         )
         if name == "stage2":
             return SourceSpec(
@@ -103,6 +107,11 @@ class RunText:
                 break
         loader.close()
         return torch.stack(rows[:CALIBRATION_SEQUENCES])
+
+    def held_out_loader(self) -> TextLoader:
+        """This rank's loader of the held-out text, at its beginning."""
+        version = self.origins.text_version
+        return held_out_batches(self.args, self.args.eval_dataset, self.tokenizer, self.ranks, version)
 
     def choice_loader(self) -> TextLoader:
         """What `--layers auto:K` measures on: the held-out text if there is one, else stage 1's own."""
@@ -140,7 +149,9 @@ def planned_steps(args: argparse.Namespace, name: str, world_size: int) -> int:
     return max(1, math.ceil(tokens[name] / (sequences * sequence_length(args, name))))
 
 
-def held_out_batches(args: argparse.Namespace, name: str, tokenizer: Any, ranks: Ranks) -> TextLoader:
+def held_out_batches(
+    args: argparse.Namespace, name: str, tokenizer: Any, ranks: Ranks, version: int = TEXT_VERSION
+) -> TextLoader:
     """One unshuffled pass over a held-out source; the same batches every time it is made."""
     spec = SourceSpec(
         name=name,
@@ -150,6 +161,7 @@ def held_out_batches(args: argparse.Namespace, name: str, tokenizer: Any, ranks:
         shuffle_buffer=0,
         local_files_only=args.local_files_only,
         network_patience=args.network_patience,
+        version=version,
     )
     return build_loader(
         spec,

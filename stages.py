@@ -39,6 +39,7 @@ from model_utils import (
 from models import LlambaConfig, LlambaForCausalLM
 from mohawk import AlignmentStep, trained_mixers
 from optimizer import build_optimizer, build_schedule
+from origins import Origins
 from parallel import Ranks
 from stage_text import RunText, stage_names
 from teacher import HostTeacher, OwnTeacher, TeacherNeed, teacher_need
@@ -76,7 +77,9 @@ class Inputs:
     parallel: str = "none"  # or ddp, fsdp
 
 
-def check_inputs(args: argparse.Namespace, student_source: str, names: Collection[str], ranks: Ranks) -> Inputs:
+def check_inputs(
+    args: argparse.Namespace, student_source: str, names: Collection[str], origins: Origins, ranks: Ranks
+) -> Inputs:
     """What can be wrong with the models, found from their configurations alone, and what they will take.
 
     names: of the stages that are still to run.

@@ -28,6 +28,7 @@ __all__ = ["BadData", "DataStreamLost", "SourceSpec", "TextSource", "TextTable",
 
 log = logging.getLogger(__name__)
 
+TEXT_VERSION = 2  # 1: runs begun when documents had no start of the tokenizer's own
 ROWS_A_BATCH = 1024
 CONVERSATIONS = "conversations"  # OpenHermes' column of turns: a list of {from, value}
 SPLIT_WORDS = {
@@ -54,6 +55,7 @@ class SourceSpec:
     on_bad_data: str = "error"  # or "skip"
     network_patience: float = 600.0  # seconds
     chat: bool | None = None  # None: conversations where there is no text column
+    version: int = TEXT_VERSION  # of the rules from files to tokens; a resumed run keeps its own
 
 
 @dataclass

@@ -76,12 +76,11 @@ def distill(args: argparse.Namespace, ranks: Any) -> int:
                 log.info("%s holds a finished run: nothing to do", args.output_dir)
                 return 0
             names = session.stages_left(stage_names(args))
-            inputs = ranks.together(lambda: stages.check_inputs(args, session.student_source, names, ranks))
+            student, origins = session.student_source, session.origins
+            inputs = ranks.together(lambda: stages.check_inputs(args, student, names, origins, ranks))
             session.estimate, text = inputs.estimate, inputs.text
             loaders = ranks.together(lambda: {name: text.loader(name) for name in names})
-            session.models = ranks.together(
-                lambda: stages.build_models(args, session.student_source, inputs, devices, ranks)
-            )
+            session.models = ranks.together(lambda: stages.build_models(args, student, inputs, devices, ranks))
             session.begin()
             signals.leave_at_once = False
             for name in names:

@@ -1,5 +1,7 @@
 """What the tests of checkpoints share."""
 
+import hashlib
+import json
 import multiprocessing
 import os
 import sys
@@ -8,6 +10,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaForCausalLM
 
+from checkpoint_files import MANIFEST
+from checkpoint_files import METADATA as METADATA_FILE
 from checkpoints import CheckpointStore
 from conftest import tiny_llama_config
 
@@ -55,3 +59,16 @@ def quick_processes():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["checkpoints", "test_checkpoint_faults"])
     return context
+
+
+def edit_metadata(checkpoint: Path, change) -> None:
+    """Let `change` edit a checkpoint's `training_state.json` in place, its manifest too."""
+    path, manifest = checkpoint / METADATA_FILE, checkpoint / MANIFEST
+    found = json.loads(path.read_text())
+    change(found)
+    path.write_text(json.dumps(found))
+    listed = json.loads(manifest.read_text())
+    listed["files"][METADATA_FILE] = {
+        "size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }  # fmt: skip
+    manifest.write_text(json.dumps(listed))
