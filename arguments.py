@@ -16,13 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from masking import mask_secrets
+from utils import UserError, mask_secrets
 
 FROM_TEACHER = "from_teacher"  # the --student_model that is built to the teacher's sizes
-
-
-class UserError(Exception):
-    """A user's mistake: `train.py` prints it as one line and exits with status 2."""
 
 
 class Parser(argparse.ArgumentParser):

@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 
-from documents import BadDocument, DocumentEncoder
-from packing import PackedTextDataset, Sequence
-from row_readers import BadData, TextFile, Unzipped
-from text_sources import DataStreamLost, SourceSpec, open_source
+from hub.hub_files import DataStreamLost
+from text.documents import BadDocument, DocumentEncoder
+from text.packing import PackedTextDataset, Sequence
+from text.row_readers import BadData, TextFile, Unzipped
+from text.text_sources import SourceSpec, open_source
 
 __all__ = [
     "BadData",

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from arguments import Parser, UserError, check_folder_writable, real, whole
+from arguments import Parser, check_folder_writable, real, whole
+from utils import UserError
 
 SPARE = 2**30  # bytes that stay free beside the mirror
 
@@ -108,7 +109,7 @@ def mirror(args: argparse.Namespace) -> None:
     """List, check the space, download what is missing or damaged, verify."""
     from huggingface_hub import snapshot_download
 
-    from hub_files import Patience
+    from hub.hub_files import Patience
 
     patience = Patience(args.network_patience)
     commit, files = list_files(args, patience)
@@ -143,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.hf_home:
         os.environ["HF_HOME"] = args.hf_home
-    from hub_files import exit_status
+    from hub.hub_files import exit_status
 
     return exit_status(lambda: mirror(args))
 

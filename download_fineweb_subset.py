@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from arguments import Parser, UserError, check_folder_writable, real, whole
+from arguments import Parser, check_folder_writable, real, whole
+from utils import UserError
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -87,7 +88,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def rows_after(args: argparse.Namespace, manifest: Manifest) -> Iterator[tuple[str | None, list[int]]]:
     """(text, position behind it) of every row after the manifest's position, in the source's own order."""
-    from text_sources import SourceSpec, open_source
+    from text.text_sources import SourceSpec, open_source
 
     spec = SourceSpec(
         name=args.dataset,
@@ -187,7 +188,7 @@ class Progress:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    from hub_files import exit_status
+    from hub.hub_files import exit_status
 
     return exit_status(lambda: download(args))
 

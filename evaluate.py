@@ -10,18 +10,19 @@ import argparse
 import importlib.util
 import itertools
 import json
-import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from arguments import Parser, UserError, check_folder_writable, complain, device, real, whole
-from hub_files import DataStreamLost
+from arguments import Parser, check_folder_writable, complain, device, real, whole
+from evaluation.held_out import held_out_figures
+from evaluation.report import draw, print_table
+from hub.hub_files import DataStreamLost
+from utils import UserError
 
 MOST_PAIRS = 306  # different names in `recall.phone_book`
 
@@ -72,83 +73,9 @@ def validate(args: argparse.Namespace) -> Path:
     return output
 
 
-def held_out_figures(
-    student: Any, teacher: Any, batches: Iterable[Any], tokens: int, device: Any
-) -> dict[str, float]:
-    """`figures_of` a student and a teacher that are whole models on this process' devices."""
-    from distillation import DistillationStep
-    from teacher import OwnTeacher
-
-    head = teacher.get_output_embeddings().weight.to(device)
-    step, hidden_states = DistillationStep(student, head), OwnTeacher(teacher, device)
-    was_training = student.training
-    student.eval()
-    figures = figures_of(lambda batch: held_out_sums(step, hidden_states, head, batch, device), batches, tokens)
-    student.train(was_training)
-    return figures
-
-
-def held_out_sums(step: Any, hidden_states: Any, teacher_head: Any, batch: Any, device: Any) -> Any:
-    """float64 [5] on the host: KL, agreement, the student's and the teacher's cross-entropy, tokens of a batch.
-
-    step: a `distillation.DistillationStep`, also replicated or sharded; hidden_states: a teacher of teacher.py.
-    """
-    import torch
-
-    from losses import chunked_kd_loss
-    from trainer import to_device
-
-    here = to_device(batch, device, {}, non_blocking=False)
-    theirs = hidden_states.finish(here)
-    one = torch.ones((), device=device)
-    terms = step(here.inputs, here.labels, here.valid, here.position_ids, theirs, one)
-    options: dict[str, Any] = dict(kl_weight=0.0, ce_weight=1.0)
-    own = chunked_kd_loss(theirs, teacher_head, None, None, here.labels, here.valid, **options)
-    row = (terms.kl_sum, terms.agree_sum, terms.ce_sum, own.ce_sum, terms.tokens)
-    return torch.stack([value.double() for value in row]).cpu()
-
-
-def figures_of(
-    sums_of: Callable[[Any], Any],
-    batches: Iterable[Any],
-    tokens: int,
-    over_ranks: Callable[[Any], Any] | None = None,
-    stop: Callable[[], bool] = lambda: False,
-) -> dict[str, float]:
-    """KL(teacher || student) at temperature 1, top-1 agreement and both perplexities over at least `tokens` tokens.
-
-    `batches` yields `data.Batch`, of which `sums_of` gives `held_out_sums` (only valid positions count); `over_ranks`
-    adds those of all ranks. Returns kl (nats a token), top1_agreement (0 to 1), student_perplexity,
-    teacher_perplexity, perplexity_ratio, tokens; nothing once `stop()` says so. Raises `UserError` where there is no
-    token.
-    """
-    import torch
-
-    sums = torch.zeros(5, dtype=torch.float64)
-    with torch.no_grad():
-        for batch in batches:
-            row = sums_of(batch)
-            sums += row if over_ranks is None else over_ranks(row)
-            if stop():
-                return {}
-            if sums[4] >= tokens:
-                break
-    kl, agree, ours_ce, theirs_ce, count = sums.tolist()
-    if not count:
-        raise UserError("the held-out data holds no whole sequence: use more text or a smaller --seq_length")
-    return {
-        "kl": kl / count,
-        "top1_agreement": agree / count,
-        "student_perplexity": math.exp(min(ours_ce / count, 700.0)),
-        "teacher_perplexity": math.exp(min(theirs_ce / count, 700.0)),
-        "perplexity_ratio": math.exp(min((ours_ce - theirs_ce) / count, 700.0)),
-        "tokens": count,
-    }
-
-
 def recall_figures(models: dict[str, Any], tokenizer: Any, args: argparse.Namespace, device: Any) -> dict[str, Any]:
     """Accuracy of each model for each task and number of pairs."""
-    from recall import TASKS, recall_accuracy, recall_rows
+    from evaluation.recall import TASKS, recall_accuracy, recall_rows
 
     figures: dict[str, Any] = {}
     for task in TASKS:
@@ -207,70 +134,6 @@ def harness_figures(args: argparse.Namespace) -> dict[str, Any]:
     return {task: {k: v for k, v in found.items() if isinstance(v, float)} for task, found in results.items()}
 
 
-def print_table(report: dict[str, Any]) -> None:
-    """The report as aligned columns."""
-    for name, value in report.get("held_out", {}).items():
-        print(f"{name:<28}{value:>14.4f}")
-    for section in ("recall", "tokens_per_second"):
-        figures = report.get(section)
-        if not figures:
-            continue
-        print(f"\n{section:<28}{'student':>14}{'teacher':>14}")
-        rows = figures if section == "recall" else {"generate, batch 1": figures}
-        for name, pair in rows.items():
-            print(f"{name:<28}{pair['student']:>14.3f}{pair['teacher']:>14.3f}")
-    for task, figures in report.get("harness", {}).items():
-        print(f"\n{task}")
-        for name, value in figures.items():
-            print(f"  {name:<26}{value:>14.4f}")
-
-
-def draw(report: dict[str, Any], path: Path) -> None:
-    """Recall by number of pairs and speed, for both models; the held-out figures in the title."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels = [name for name in ("recall", "tokens_per_second") if name in report]
-    figure, axes = plt.subplots(
-        1, max(1, len(panels)), figsize=(4 + 4 * len(panels), 4.5), layout="constrained", squeeze=False
-    )
-    colours = {"teacher": "tab:gray", "student": "tab:blue"}
-    for name, axis in zip(panels, axes[0]):
-        if name == "recall":
-            draw_recall(report[name], axis, colours)
-        else:
-            bars = axis.bar(list(colours), [report[name][model] for model in colours], color=list(colours.values()))
-            axis.bar_label(bars, fmt="%.1f")
-            axis.set(ylabel="generated tokens a second, batch 1")
-    if not panels:
-        axes[0, 0].axis("off")
-    held = report.get("held_out")
-    if held:
-        figure.suptitle(
-            f"KL {held['kl']:.3f} nats, top-1 agreement {held['top1_agreement']:.1%}, "
-            f"perplexity ratio {held['perplexity_ratio']:.3f}"
-        )
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def draw_recall(recall: dict[str, Any], axis: Any, colours: dict[str, str]) -> None:
-    """A line for each model and task."""
-    for task, style in zip(sorted({name.split("/")[0] for name in recall}), ("o-", "s--")):
-        pairs = sorted(int(name.split("/")[1]) for name in recall if name.startswith(task))
-        for model, colour in colours.items():
-            values = [recall[f"{task}/{count}"][model] for count in pairs]
-            axis.plot(pairs, values, style, color=colour, label=f"{model}, {task.replace('_', ' ')}")
-    axis.set(xlabel="pairs in context", ylabel="accuracy", ylim=(-0.03, 1.03))
-    axis.set_xscale("log")
-    axis.minorticks_off()
-    counts = sorted({int(name.split("/")[1]) for name in recall})
-    axis.set_xticks(counts, [str(count) for count in counts])
-    axis.legend()
-
-
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Every figure that the flags ask for."""
     report: dict[str, Any] = {"student": args.student, "teacher": args.teacher, "flags": vars(args)}
@@ -285,7 +148,8 @@ def own_figures(args: argparse.Namespace) -> dict[str, Any]:
     """Held-out figures, recall and speed: text and sizes are looked at before any weight is loaded."""
     import torch
 
-    from model_files import fetch_model
+    from hardware.parallel import Ranks
+    from hub.model_files import fetch_model
     from model_utils import (
         check_pair,
         check_teacher_config,
@@ -295,8 +159,7 @@ def own_figures(args: argparse.Namespace) -> dict[str, Any]:
         load_config,
     )
     from models import LlambaConfig
-    from parallel import Ranks
-    from stage_text import held_out_batches
+    from run.text import held_out_batches
     from utils import check_device
 
     where = check_device(args.device)

@@ -16,13 +16,21 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from arguments import FROM_TEACHER, UserError, auto_layers
-from folder_checks import check_folder
-from hub_files import gated
+from arguments import FROM_TEACHER, auto_layers
+from checkpoints.folder_checks import check_folder
+from hub.hub_files import gated
 from models import LlambaConfig, LlambaForCausalLM
 from models.modeling_llamba import AttentionInputs
+from utils import UserError
 
 log = logging.getLogger(__name__)
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The residual layers of a teacher (`model.layers`) or a student (`backbone.layers`)."""
+    backbone = model.backbone if hasattr(model, "backbone") else model.model
+    return backbone.layers
+
 
 SUPPORTED_TEACHERS = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -40,6 +48,7 @@ TRANSFER = {
     "model.layers.{i}.mlp.up_proj.bias": "backbone.layers.{i}.mlp.up_proj.bias",
     "model.layers.{i}.mlp.down_proj.bias": "backbone.layers.{i}.mlp.down_proj.bias",
 }
+
 # What a mixer layer has no place for. A replacement (a deep copy of the whole layer) brings these along.
 DROPPED = tuple(
     f"model.layers.{{i}}.self_attn.{name}"
@@ -155,7 +164,7 @@ def get_student_model(
     vocabulary or sizes do not fit the teacher's (where one is given).
     """
     if name == FROM_TEACHER:
-        from initialization import student_from_teacher
+        from distill.initialization import student_from_teacher
 
         return student_from_teacher(teacher, dtype=dtype, device=device, expand=expand)
     require_model_folder(name)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from text_sources import TEXT_VERSION
+from text.text_sources import TEXT_VERSION
 
 
 @dataclass

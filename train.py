@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from arguments import UserError, complain, parse_arguments, validate
+from arguments import complain, parse_arguments, validate
+from utils import UserError
 
 log = logging.getLogger("train")
 RANK_LOST = 5  # exit status
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
         validate(args)
-        from parallel import launched
+        from hardware.parallel import launched
 
         with launched(args.device) as ranks:
             status = distill(args, ranks)
@@ -49,13 +50,15 @@ def leave_at_once(status: int) -> None:
 
 def distill(args: argparse.Namespace, ranks: Any) -> int:
     """Check -> build -> stages -> close."""
-    import stages
-    from run_control import StopSignals
-    from run_lock import RunLock
-    from session import Session
-    from stage_text import stage_names
+    from checkpoints.lock import RunLock
+    from run.build import build_models
+    from run.inputs import check_devices, check_inputs
+    from run.plan import stage_names
+    from run.session import Session
+    from run.signals import StopSignals
+    from run.stages import build_stage
     from trainer import run_stage
-    from utils import check_devices, enable_determinism, seed_everything, setup_logging
+    from utils import enable_determinism, seed_everything, setup_logging
 
     setup_logging(args.log_file, rank=ranks.rank)
     devices = ranks.together(lambda: check_devices(args, ranks))
@@ -77,15 +80,15 @@ def distill(args: argparse.Namespace, ranks: Any) -> int:
                 return 0
             names = session.stages_left(stage_names(args))
             student, origins = session.student_source, session.origins
-            inputs = ranks.together(lambda: stages.check_inputs(args, student, names, origins, ranks))
+            inputs = ranks.together(lambda: check_inputs(args, student, names, origins, ranks))
             session.estimate, text = inputs.estimate, inputs.text
             loaders = ranks.together(lambda: {name: text.loader(name) for name in names})
-            session.models = ranks.together(lambda: stages.build_models(args, student, inputs, devices, ranks))
+            session.models = ranks.together(lambda: build_models(args, student, inputs, devices, ranks))
             session.begin()
             signals.leave_at_once = False
             for name in names:
                 total = session.total_steps(name, text)
-                stage = stages.build_stage(args, name, session.models, loaders[name], total, ranks, inputs.parallel)
+                stage = build_stage(args, name, session.models, loaders[name], total, ranks, inputs.parallel)
                 session.enter(stage)
                 log.info("%s: %d optimizer steps", name, stage.total_steps)
                 if not run_stage(stage, session.progress, session.services()):
@@ -101,10 +104,11 @@ def distill(args: argparse.Namespace, ranks: Any) -> int:
 
 def failure_status(error: Exception, session: Any) -> int:
     """One line for what a run cannot go on from, and its exit status; anything unexpected is raised again."""
-    from memory import is_out_of_memory
-    from parallel import is_loss_of_rank
-    from text_sources import DataStreamLost
-    from trainer import AnotherRankStopped, TooManyBadSteps
+    from distill.meter import TooManyBadSteps
+    from hardware.memory import is_out_of_memory
+    from hardware.parallel import is_loss_of_rank
+    from hub.hub_files import DataStreamLost
+    from trainer import AnotherRankStopped
 
     if is_out_of_memory(error):
         log.error(session.memory_advice())

@@ -21,10 +21,12 @@ sys.path[0] = str(ROOT)  # in place of this folder, whose files are named like m
 import torch  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from checkpoint_files import damage, gib  # noqa: E402
-from checkpoints import CheckpointStore, check_folder, read_trainer_state, rng_state  # noqa: E402
-from host_copies import available_memory  # noqa: E402
-from optimizer import build_optimizer  # noqa: E402
+from checkpoints.files import damage, gib  # noqa: E402
+from checkpoints.folder_checks import check_folder  # noqa: E402
+from checkpoints.host_copies import available_memory  # noqa: E402
+from checkpoints.run_state import read_trainer_state, rng_state  # noqa: E402
+from checkpoints.store import CheckpointStore  # noqa: E402
+from optim.build import build_optimizer  # noqa: E402
 from utils import default_dtype  # noqa: E402
 
 SIZES = {

@@ -25,7 +25,7 @@ sys.path[0] = str(ROOT)  # in place of this folder, whose files are named like m
 import pyarrow.parquet as pq  # noqa: E402
 
 from data import SourceSpec, TextLoader, build_loader  # noqa: E402
-from documents import plain_backend  # noqa: E402
+from text.documents import plain_backend  # noqa: E402
 
 
 def tokenizer_rate(tokenizer, texts: list[str]) -> tuple[float, int]:

@@ -16,12 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import evaluate
-from acceleration import quantise_teacher_fp8
-from losses import KDTerms, chunked_kd_loss
+from distill.losses import KDTerms, chunked_kd_loss
+from distill.teacher import OwnTeacher, TeacherBackbone
+from evaluation import held_out
+from hardware.fp8 import quantise_teacher_fp8
+from hardware.parallel import Ranks
 from model_utils import get_teacher_model, get_tokenizer
-from parallel import Ranks
-from stage_text import held_out_batches
-from teacher import OwnTeacher, TeacherBackbone
+from run.text import held_out_batches
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -57,9 +58,9 @@ def main(argv: list[str] | None = None) -> None:
         return chunked_kd_loss(student(inputs, positions), head, theirs, head, labels, valid, grad_scale=scale)
 
     def sums(batch: Any) -> torch.Tensor:
-        return evaluate.held_out_sums(step, own, head, batch, device)
+        return held_out.held_out_sums(step, own, head, batch, device)
 
-    found = evaluate.figures_of(sums, batches, bench.tokens)
+    found = held_out.figures_of(sums, batches, bench.tokens)
     print(
         f"{held:.2f} GiB in fp8; {found['tokens']:,.0f} tokens: KL {found['kl']:.5f}, top-1 "
         f"{found['top1_agreement']:.2%}, perplexity {found['teacher_perplexity']:.3f} -> "

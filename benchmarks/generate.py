@@ -29,7 +29,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from benchmarks.presets import preset
-from initialization import student_config
+from distill.initialization import student_config
 from model_utils import load_config
 from models import LlambaForCausalLM
 from utils import default_dtype

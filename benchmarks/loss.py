@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from losses import chunked_kd_loss, dense_kd_loss
+from distill.losses import chunked_kd_loss, dense_kd_loss
 
 GIB = 2**30
 

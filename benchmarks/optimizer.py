@@ -21,7 +21,9 @@ import torch
 from loss import extra_peak, milliseconds, show
 from torch import nn
 
-from optimizer import BETAS, build_optimizer, clip_and_step, gradient_norm, parameter_groups
+from optim.build import build_optimizer, parameter_groups
+from optim.masters import BETAS
+from optim.step import clip_and_step, gradient_norm
 
 # What an 8B student trains with its MLPs frozen: embedding, head, mixers and norms; 3.1e9 parameters.
 PRESETS: dict[str, list[tuple[int, ...]]] = {

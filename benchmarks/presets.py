@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from initialization import student_config
+from distill.initialization import student_config
 from models import LlambaConfig
 
 LLAMA3_ROPE = {

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from arguments import UserError, complain, parse_arguments, validate
+from arguments import complain, parse_arguments, validate
+from utils import UserError
 
 log = logging.getLogger("quality")
 STAGES = ("matrix", "hidden", "stage1", "stage2")
@@ -78,7 +79,7 @@ def read_experiments(file: Path) -> dict[str, list[str]]:
 
 def command_line(bench: argparse.Namespace, name: str, flags: list[str]) -> list[str]:
     """The whole line for train.py, with `--max_steps` from what the other stages leave of the budget."""
-    import stage_text
+    from run import plan
 
     tokens, flags = budget(bench, flags)
     line = [
@@ -91,10 +92,10 @@ def command_line(bench: argparse.Namespace, name: str, flags: list[str]) -> list
     if "--second_dataset_tokens" not in flags:
         line.append("--skip_stage2")
     args = parse_arguments(line)
-    sequences = stage_text.sequences_a_step(vars(args), 1)
-    others = [name for name in stage_text.stage_names(args) if name != "stage1"]
-    steps = {name: stage_text.planned_steps(args, name, 1) for name in others}
-    spent = sum(steps[name] * sequences * stage_text.sequence_length(args, name) for name in others)
+    sequences = plan.sequences_a_step(vars(args), 1)
+    others = [name for name in plan.stage_names(args) if name != "stage1"]
+    steps = {name: plan.planned_steps(args, name, 1) for name in others}
+    spent = sum(steps[name] * sequences * plan.sequence_length(args, name) for name in others)
     left = (tokens - spent) // (sequences * args.seq_length)
     if left < 1:
         raise UserError(f"{name}: the other stages take {spent:,} of --tokens {tokens:,}; stage 1 needs a step")
@@ -138,13 +139,14 @@ class Judge:
     def figures(self, folder: Path) -> dict[str, Any]:
         """Held-out figures over the whole file, and recall of student and teacher."""
         import evaluate
+        from evaluation import held_out
+        from hardware.parallel import Ranks
         from model_utils import get_student_model
-        from parallel import Ranks
-        from stage_text import held_out_batches
+        from run.text import held_out_batches
 
         student = get_student_model(str(folder), self.teacher, dtype=self.dtype, device=self.device).eval()
         batches = held_out_batches(self.args, self.valid, self.tokenizer, Ranks())
-        held_out = evaluate.held_out_figures(student, self.teacher, batches, 2**62, self.device)
+        held_out = held_out.held_out_figures(student, self.teacher, batches, 2**62, self.device)
         recall = evaluate.recall_figures({"student": student}, self.tokenizer, self.args, self.device)
         return {
             "attention_layers": student.config.attention_layers,

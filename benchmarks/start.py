@@ -21,12 +21,13 @@ import torch
 from torch import nn
 
 import arguments
-import stages
-from initialization import SILU_IS_ONE, calibrate_mixers, student_from_teacher, visit_layers
+from distill.forms import Progress
+from distill.initialization import SILU_IS_ONE, calibrate_mixers, student_from_teacher, visit_layers
+from hardware.parallel import Ranks
 from model_utils import get_teacher_model, get_tokenizer
-from parallel import Ranks
-from stage_text import RunText
-from trainer import Progress, Services, run_stage
+from run import build, stages
+from run.text import RunText
+from trainer import Services, run_stage
 from utils import seed_everything
 
 # What the rows of a long memory share; the first is what train.py does. gate: (z_bias, deviation of its weights)
@@ -155,7 +156,7 @@ def align(student: Any, flags: argparse.Namespace, teacher: Any, tokenizer: Any,
     """Run the hidden stage; returns the largest and the last loss of its steps."""
     device = torch.device(flags.device)
     text = RunText(flags, tokenizer)
-    models = stages.Models(teacher, student, text, device, device, getattr(torch, flags.dtype))
+    models = build.Models(teacher, student, text, device, device, getattr(torch, flags.dtype))
     loader = text.loader("hidden")
     stage = stages.build_stage(flags, "hidden", models, loader, steps, Ranks())
     losses: list[float] = []

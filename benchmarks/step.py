@@ -34,19 +34,22 @@ import torch
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
-import stages
-from acceleration import UpdateInBackward, accelerate, compiles, set_activation_checkpointing
 from arguments import parse_arguments
 from benchmarks.presets import Preset, preset, step_flops
 from benchmarks.profiling import host_waits, kernel_table
 from data import Batch
-from losses import dense_kd_loss
-from memory import MemoryEstimate
+from distill.forms import DeviceBatch, Progress, Stage
+from distill.losses import dense_kd_loss
+from hardware.memory import MemoryEstimate
+from hardware.parallel import Ranks, choose_parallel, launched
+from hardware.recomputation import set_activation_checkpointing
 from model_utils import apply_replacements, as_teacher, freeze, share_frozen_weights, transfer_teacher_weights
 from models import LlambaForCausalLM
-from parallel import Ranks, choose_parallel, launched
-from stage_text import RunText
-from trainer import DeviceBatch, Progress, Services, Stage, run_stage
+from optim.update_in_backward import UpdateInBackward
+from run import build, inputs, stages
+from run.acceleration import accelerate, compiles
+from run.text import RunText
+from trainer import Services, run_stage
 from utils import default_dtype
 
 GIB = 2**30
@@ -111,7 +114,7 @@ class SyntheticLoader:
         return {}
 
 
-def build_pair(args: argparse.Namespace, sizes: Preset, *, share: bool) -> stages.Models:
+def build_pair(args: argparse.Namespace, sizes: Preset, *, share: bool) -> build.Models:
     """Both models on the device with random weights, and the surgery that a run does on them."""
     torch.manual_seed(args.seed)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
@@ -130,20 +133,20 @@ def build_pair(args: argparse.Namespace, sizes: Preset, *, share: bool) -> stage
     if share:
         share_frozen_weights(student, teacher)
     student.train()
-    return stages.Models(teacher, student, RunText(args, None), device, device, dtype)
+    return build.Models(teacher, student, RunText(args, None), device, device, dtype)
 
 
-def place(args: argparse.Namespace, models: stages.Models, ranks: Ranks) -> None:
+def place(args: argparse.Namespace, models: build.Models, ranks: Ranks) -> None:
     """Put the teacher where the flags want it, and connect the pair."""
     if ranks.alone and args.teacher_device:
         models.teacher_device = torch.device(args.teacher_device)
         models.teacher.to(models.teacher_device)  # type: ignore[arg-type]
-    stages.connect(args, models, ranks)
+    build.connect(args, models, ranks)
 
 
 def ours(
     args: argparse.Namespace,
-    models: stages.Models,
+    models: build.Models,
     loader: Any,
     steps: int,
     clock: Clock,
@@ -174,7 +177,7 @@ def ours(
 
 
 def plain(
-    args: argparse.Namespace, models: stages.Models, loader: Any, steps: int, clock: Clock, ranks: Ranks
+    args: argparse.Namespace, models: build.Models, loader: Any, steps: int, clock: Clock, ranks: Ranks
 ) -> Stage:
     """What one would write first: all logits in float32, everything of the student its own, bf16 Adam, no compile."""
     models.student.zero_grad(set_to_none=True)
@@ -249,7 +252,7 @@ def measure(
     if way == "ours":
         free = torch.cuda.mem_get_info()[0] if cuda else None
         layout = choose_parallel(args, ranks)
-        layout, estimate = stages.settle_parallel(sizes.teacher, sizes.student, args, layout, free, ranks)
+        layout, estimate = inputs.settle_parallel(sizes.teacher, sizes.student, args, layout, free, ranks)
         print("estimate:", estimate.describe(), f"({time.perf_counter() - began:.1f} s)", flush=True)
     models = build_pair(args, sizes, share=way == "ours" and not args.teacher_device)
     flops = step_flops(models.teacher, models.student, args.seq_length)
@@ -342,7 +345,7 @@ def matrix_ceiling(device: torch.device, dtype: torch.dtype) -> float:
 @torch.no_grad()
 def fp8_distance(bench: argparse.Namespace, args: argparse.Namespace) -> float:
     """KL(bf16 teacher || fp8 teacher), nats a token, on random weights and tokens: a check that fp8 runs."""
-    from acceleration import check_fp8, quantise_teacher_fp8
+    from hardware.fp8 import check_fp8, quantise_teacher_fp8
 
     check_fp8(torch.device(args.device))
     models = build_pair(args, preset(bench.preset), share=True)

@@ -104,7 +104,7 @@ def tiny_teacher(tmp_path_factory, tokenizer_dir) -> Path:
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory, documents) -> dict[str, Path]:
     """Training and held-out text and conversations as JSONL.GZ, a module's own."""
-    import runs
+    from helpers import runs
 
     return runs.write_sources(tmp_path_factory.mktemp("text"), documents)
 

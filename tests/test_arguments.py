@@ -11,7 +11,6 @@ import pytest
 from arguments import (
     FREE_FLAGS,
     RESULT_FLAGS,
-    UserError,
     build_parser,
     check_folder_writable,
     markdown_table,
@@ -20,6 +19,7 @@ from arguments import (
     wandb_login,
 )
 from conftest import ROOT
+from utils import UserError
 
 DEFAULTS = {
     "device": "cuda:0", "teacher_device": None, "dtype": "bfloat16", "layers": [10, 14, 17, 30], "max_steps": 100000,

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import runs
 from conftest import ROOT
-from hub import COMMIT, LoopbackHub
+from helpers import runs
+from helpers.hub_server import COMMIT, LoopbackHub
 
 README = """---
 configs:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from masking import MaskingFilter, mask_secrets
+from utils import MaskingFilter, mask_secrets
 
 HUB_TOKEN = "hf_" + "aB3" * 11
 WANDB_KEY = "0123456789abcdef" * 2 + "01234567"

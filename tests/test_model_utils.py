@@ -4,9 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig, Qwen2Config, Qwen3Config
 
-from arguments import UserError
 from conftest import tiny_llama_config
-from initialization import student_from_teacher
+from distill.initialization import student_from_teacher
 from model_utils import (
     apply_replacements,
     as_teacher,
@@ -22,6 +21,7 @@ from model_utils import (
     transfer_teacher_weights,
 )
 from models import LlambaConfig, LlambaForCausalLM
+from utils import UserError
 
 SIZES = {
     k: getattr(tiny_llama_config(), k)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-import runs
+from helpers import runs
 
 
 @pytest.fixture

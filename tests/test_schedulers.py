@@ -5,9 +5,9 @@ import signal
 import time
 
 import pytest
-
-import runs
 from test_parallel import ended, ranks_of, start_long_run, wait_until
+
+from helpers import runs
 
 pytestmark = pytest.mark.slow
 

@@ -9,10 +9,10 @@ import time
 import pytest
 import torch
 
-import runs
 import train
-from checkpoint_files import damage
+from checkpoints.files import damage
 from conftest import ROOT
+from helpers import runs
 
 pytestmark = pytest.mark.slow
 

@@ -6,19 +6,13 @@ import torch
 from torch import nn
 
 from data import Batch
-from distillation import DistillationStep, kd_micro_step
-from optimizer import build_optimizer, build_schedule
-from teacher import OwnTeacher
+from distill.distillation import DistillationStep, kd_micro_step
+from distill.forms import Progress, Stage
+from distill.teacher import OwnTeacher
+from optim.build import build_optimizer
+from optim.schedule import build_schedule
 from test_model_utils import TEACHERS, make_student, make_teacher
-from trainer import (
-    Progress,
-    Services,
-    Stage,
-    accumulate,
-    run_stage,
-    to_device,
-    windows,
-)
+from trainer import Services, accumulate, run_stage, to_device, windows
 
 
 @dataclass

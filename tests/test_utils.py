@@ -13,10 +13,10 @@ import termios
 import pytest
 import torch
 
-from arguments import UserError
 from conftest import ROOT
 from plot_metrics import read_metrics
-from utils import Tracker, check_device, library_versions
+from run.tracking import Tracker
+from utils import UserError, check_device, library_versions
 
 
 def test_devices():
@@ -94,7 +94,8 @@ def test_other_ranks_write_nothing(tmp_path):
 SCRIPT = """
 import sys, logging
 sys.path.insert(0, {root!r})
-from utils import ProgressBar, setup_logging
+from run.tracking import ProgressBar
+from utils import setup_logging
 setup_logging({log!r})
 bar = ProgressBar()
 for step in (5, 6, 7):

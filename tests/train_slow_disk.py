@@ -6,8 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import checkpoints
 import train
+from checkpoints import store as checkpoints
 
 write = checkpoints.CheckpointStore._write_folder
 

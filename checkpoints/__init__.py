@@ -1,0 +1,1 @@
+"""The output folder: atomic, verified, locked."""

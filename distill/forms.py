@@ -1,0 +1,82 @@
+"""The forms that pass between loop, steps and checkpoints: where a run stands, a stage, a batch on its device."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from hardware.parallel import Ranks
+
+Sums = dict[str, torch.Tensor]
+
+
+@dataclass
+class Progress:
+    """Where a run stands: everything that a checkpoint must hold beside weights, optimizer and RNG."""
+
+    stage: str = ""
+    stage_step: int = 0  # optimizer steps done in this stage
+    stage_done: bool = False
+    stage_total: int = 0
+    optimizer_step: int = 0  # counted on through all stages
+    micro_step: int = 0
+    tokens: int = 0  # seq_length a sequence, all ranks, all stages
+    stage_tokens: int = 0
+    bad_steps: int = 0
+    bad_in_a_row: int = 0
+    evaluation: dict[str, float] = field(default_factory=dict)  # the last held-out figures, with their step
+    best: dict[str, float] = field(default_factory=dict)  # those of the lowest KL
+    loader: dict[str, Any] = field(default_factory=dict)  # loader state at the next window's start
+    meter: dict[str, float] = field(default_factory=dict)  # sums since the last log line
+
+    def begin(self, stage: str, total: int) -> None:
+        """Enter a stage anew: its counters start at 0, the run's go on."""
+        self.stage, self.stage_step, self.stage_done, self.stage_total = stage, 0, False, total
+        self.stage_tokens, self.loader, self.meter = 0, {}, {}
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Stage:
+    """One run of the loop over one data source."""
+
+    name: str
+    loader: Any  # yields data.Batch; has state_dict() and waited_seconds
+    micro_step: Callable[["DeviceBatch", torch.Tensor], Sums]  # forward and backward; detached sums
+    trainable: nn.Module  # holds the parameters that the optimizer updates
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+    total_steps: int
+    accumulation: int = 1
+    grad_clip: float = 1.0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    ahead: bool = False  # the next batch is there, too, when a micro step begins: its teacher may start on it
+    scaler: Any = None  # torch.amp.GradScaler under float16
+    open_ended: bool = False  # the loader's end, not total_steps, ends the stage (--epochs)
+    ranks: Ranks = field(default_factory=Ranks)
+    synchronise: Callable[[bool], None] = lambda last: None  # gradients are averaged in the last micro step
+    finish_gradients: Callable[[], None] = lambda: None  # before clipping: average what no wrapper averages
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.trainable.parameters() if p.requires_grad]
+
+
+@dataclass
+class DeviceBatch:
+    """A `data.Batch` on the student's device, with what the teacher has put beside it."""
+
+    inputs: torch.Tensor  # int64 [b, t]
+    labels: torch.Tensor  # int64 [b, t]
+    valid: torch.Tensor  # bool [b, t]
+    position_ids: torch.Tensor | None  # int64 [b, t]
+    document_ids: list[str]
+    loader_state: dict[str, Any]  # the loader's state after this batch
+    source: Any = None  # the `data.Batch` on the host
+    following: "DeviceBatch | None" = None  # the next one, with `Stage.ahead`
+    teacher_hidden: torch.Tensor | None = None  # [b, t, d], or [L, b, t, d] of every layer
+    ready: Any = None  # what to wait for before teacher_hidden is used
+    kept: Any = None  # memory that must not be given back before then

@@ -1,0 +1,183 @@
+"""`--layers auto:K`: the K layers whose replacement lowers held-out KL most, chosen greedily before training.
+
+Greedy from the end that can be trusted. A student with all its mixers, fresh from the teacher, is so far off (several
+nats) that no single layer tells much. So the start is the teacher itself, KL 0: every layer is replaced. Each round
+gives back the mixer that costs least KL, until none is left. The K that held out longest are chosen:
+with them replaced KL is lowest, and the choice for K - 1 is always among that for K. The mixers are those that
+training would start from, calibrated or published.
+
+The hidden states before each layer are kept, and a candidate is run from its own layer on: the whole ranking of L
+layers takes about L^2 / 4 forward passes.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arguments import auto_layers
+from distill.losses import chunked_kd_loss
+from models.modeling_llamba import AttentionInputs
+from utils import UserError
+
+log = logging.getLogger(__name__)
+
+FILE = "layer_choice.json"
+# What a choice depends on: another run in the same folder with the same values takes up the choice that is there.
+MADE_FOR = (
+    "layers teacher_model student_model expand choice_tokens eval_dataset dataset_name dataset_subset dataset_split "
+    "seq_length document_reset seed dtype"
+).split()
+
+
+@dataclass
+class LayerChoice:
+    """A ranking of all layers and what it rests on."""
+
+    layers: list[int]  # the chosen ones, ascending
+    ranking: list[int]  # all layers, the one to keep longest first
+    kl: list[float]  # kl[n]: nats a token with the first n of the ranking replaced
+    alone: list[float]  # alone[i]: KL when layer i is the only mixer
+    tokens: int
+    seconds: float
+    made_for: dict[str, Any]
+
+
+class Hybrid:
+    """A pair on a few sequences, each layer either the teacher's (replaced) or the student's own.
+
+    tokens int64 [b, t + 1]; valid bool [b, t]; positions [b, t] restart at each document, or None.
+    """
+
+    def __init__(self, teacher: Any, student: Any, tokens: Tensor, valid: Tensor, positions: Tensor | None):
+        self.teacher, self.student, model = teacher, student, teacher.model
+        embedding = student.backbone.embedding.weight
+        self.device, self.dtype = embedding.device, embedding.dtype
+        self.there, self.theirs = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
+        self.labels, self.valid = tokens[:, 1:].to(self.device), valid.to(self.device)
+        self.resets = None if positions is None else (positions == 0).to(self.device)
+        positions = None if positions is None else positions.to(self.there)
+        embedded = model.embed_tokens(tokens[:, :-1].to(self.there))
+        everywhere = range(len(model.layers))
+        self.shared = AttentionInputs(model.config, model.rotary_emb, embedded, positions, layers=everywhere)
+        self.head = teacher.get_output_embeddings().weight.to(self.device)
+        self.replaced = set(everywhere)
+        self.before = [embedded]  # before[i]: what layer i is given, [b, t, d]
+        self._run_on()
+        self.target = model.norm(self.before[-1].to(self.there, self.theirs)).to(self.device)
+
+    def _layer(self, index: int, hidden: Tensor, replaced: bool) -> Tensor:
+        """Hidden states [b, t, d] through one layer of either kind, on that model's device and in its dtype."""
+        if replaced:
+            layer = self.teacher.model.layers[index]
+            hidden = hidden.to(self.there, self.theirs)
+            return layer(hidden, past_key_values=None, use_cache=False, **self.shared.for_layer(index))
+        return self.student.backbone.layers[index](hidden.to(self.device, self.dtype), self.resets)
+
+    def _run_on(self) -> None:
+        """Fill `before` from where it ends."""
+        for index in range(len(self.before) - 1, len(self.teacher.model.layers)):
+            self.before.append(self._layer(index, self.before[-1], index in self.replaced))
+
+    def kl(self, last: Tensor | None = None) -> float:
+        """KL(teacher || student), nats a token, from the hidden states after the last layer [b, t, d]."""
+        hidden = (self.before[-1] if last is None else last).to(self.device, self.dtype)
+        ours = self.student.backbone.final_layernorm(hidden).to(self.target.dtype)
+        head = self.student.lm_head.weight.to(self.target.dtype)
+        terms = chunked_kd_loss(ours, head, self.target, self.head, self.labels, self.valid)
+        return (terms.kl_sum / terms.tokens).item()
+
+    def kl_with_mixer(self, index: int) -> float:
+        """KL if layer `index` had its mixer and every other were as it is."""
+        hidden = self._layer(index, self.before[index], False)
+        for later in range(index + 1, len(self.teacher.model.layers)):
+            hidden = self._layer(later, hidden, later in self.replaced)
+        return self.kl(hidden)
+
+    def give_mixer(self, index: int) -> None:
+        """Layer `index` has its mixer from now on."""
+        self.replaced.remove(index)
+        del self.before[index + 1 :]
+        self._run_on()
+
+
+@torch.no_grad()
+def rank_layers(hybrid: Hybrid) -> tuple[list[int], list[float], list[float]]:
+    """(ranking, kl, alone) of `LayerChoice`; of equal candidates the deeper one gets its mixer first."""
+    given, costs, alone = [], [hybrid.kl()], []  # type: list[int], list[float], list[float]
+    began = time.perf_counter()
+    while hybrid.replaced:
+        costs_of = {index: hybrid.kl_with_mixer(index) for index in sorted(hybrid.replaced, reverse=True)}
+        if not given:
+            alone = [costs_of[index] for index in sorted(costs_of)]
+            log.info("layer choice: about %.0f s", (time.perf_counter() - began) * (len(alone) + 1) / 2)
+        best = min(costs_of, key=lambda index: costs_of[index])
+        hybrid.give_mixer(best)
+        given.append(best)
+        costs.append(costs_of[best])
+    return given[::-1], costs[::-1], alone
+
+
+def choose_layers(args: Any, teacher: Any, student: Any, open_text: Callable[[], Any]) -> list[int]:
+    """The layers for `--layers auto:K`, ascending: those of `layer_choice.json` if it was made for the same flags.
+
+    The student has all its mixers, with the teacher's weights transferred. `open_text` gives a loader, of whose text
+    `--choice_tokens` are taken. The ranking is logged and saved in the output folder.
+    """
+    path = Path(args.output_dir) / FILE
+    made_for = {name: getattr(args, name) for name in MADE_FOR}
+    saved = read_choice(path)
+    if saved is not None and saved.made_for == made_for:
+        log.info("layers %s, chosen before, from %s", " ".join(map(str, saved.layers)), path)
+        return saved.layers
+    count = auto_layers(args.layers)
+    assert count is not None
+    began = time.perf_counter()
+    tokens, valid, positions = first_rows(open_text(), args.choice_tokens)
+    student.eval()
+    with torch.no_grad():
+        ranking, kl, alone = rank_layers(Hybrid(teacher, student, tokens, valid, positions))
+    seconds = round(time.perf_counter() - began, 1)
+    choice = LayerChoice(sorted(ranking[:count]), ranking, kl, alone, valid.numel(), seconds, made_for)
+    log.info("layers ranked, the first %d chosen: %s", count, " ".join(map(str, ranking)))
+    shown = sorted({0, count, *(n for n in (1, 2, 4, 8, 16, 32) if n < len(ranking))})
+    log.info("KL by number of replaced layers: %s", ", ".join(f"{n}: {kl[n]:.4g}" for n in shown))
+    log.info("layer choice took %.1f s on %d tokens", seconds, choice.tokens)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(asdict(choice), indent=1) + "\n")
+    os.replace(draft, path)
+    return choice.layers
+
+
+def read_choice(path: Path) -> LayerChoice | None:
+    """A saved choice, or None where there is none that can be read."""
+    try:
+        return LayerChoice(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def first_rows(loader: Any, tokens: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As many sequences as hold `tokens` tokens, at least one: tokens [b, t + 1], valid [b, t], positions or None.
+
+    Closes the loader.
+    """
+    rows: list[Any] = []
+    for batch in loader:
+        rows.append(batch)
+        if sum(row.valid.numel() for row in rows) >= tokens:
+            break
+    loader.close()
+    if not rows:
+        raise UserError("--layers auto: the text holds no whole sequence: use more text or a smaller --seq_length")
+    count = max(1, -(-tokens // rows[0].valid.shape[1]))
+    join = lambda name: torch.cat([getattr(row, name) for row in rows])[:count]  # noqa: E731
+    return join("tokens"), join("valid"), None if rows[0].position_ids is None else join("position_ids")

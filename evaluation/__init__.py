@@ -1,0 +1,1 @@
+"""Figures of a student beside its teacher."""

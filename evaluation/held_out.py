@@ -1,0 +1,81 @@
+"""Held-out KL, agreement and perplexity of a student beside its teacher."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from utils import UserError
+
+
+def held_out_figures(
+    student: Any, teacher: Any, batches: Iterable[Any], tokens: int, device: Any
+) -> dict[str, float]:
+    """`figures_of` a student and a teacher that are whole models on this process' devices."""
+    from distill.distillation import DistillationStep
+    from distill.teacher import OwnTeacher
+
+    head = teacher.get_output_embeddings().weight.to(device)
+    step, hidden_states = DistillationStep(student, head), OwnTeacher(teacher, device)
+    was_training = student.training
+    student.eval()
+    figures = figures_of(lambda batch: held_out_sums(step, hidden_states, head, batch, device), batches, tokens)
+    student.train(was_training)
+    return figures
+
+
+def held_out_sums(step: Any, hidden_states: Any, teacher_head: Any, batch: Any, device: Any) -> Any:
+    """float64 [5] on the host: KL, agreement, the student's and the teacher's cross-entropy, tokens of a batch.
+
+    step: a `distillation.DistillationStep`, also replicated or sharded; hidden_states: a teacher of teacher.py.
+    """
+    import torch
+
+    from distill.losses import chunked_kd_loss
+    from trainer import to_device
+
+    here = to_device(batch, device, {}, non_blocking=False)
+    theirs = hidden_states.finish(here)
+    one = torch.ones((), device=device)
+    terms = step(here.inputs, here.labels, here.valid, here.position_ids, theirs, one)
+    options: dict[str, Any] = dict(kl_weight=0.0, ce_weight=1.0)
+    own = chunked_kd_loss(theirs, teacher_head, None, None, here.labels, here.valid, **options)
+    row = (terms.kl_sum, terms.agree_sum, terms.ce_sum, own.ce_sum, terms.tokens)
+    return torch.stack([value.double() for value in row]).cpu()
+
+
+def figures_of(
+    sums_of: Callable[[Any], Any],
+    batches: Iterable[Any],
+    tokens: int,
+    over_ranks: Callable[[Any], Any] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float]:
+    """KL(teacher || student) at temperature 1, top-1 agreement and both perplexities over at least `tokens` tokens.
+
+    `batches` yields `data.Batch`, of which `sums_of` gives `held_out_sums` (only valid positions count); `over_ranks`
+    adds those of all ranks. Returns kl (nats a token), top1_agreement (0 to 1), student_perplexity,
+    teacher_perplexity, perplexity_ratio, tokens; nothing once `stop()` says so. Raises `UserError` where there is no
+    token.
+    """
+    import torch
+
+    sums = torch.zeros(5, dtype=torch.float64)
+    with torch.no_grad():
+        for batch in batches:
+            row = sums_of(batch)
+            sums += row if over_ranks is None else over_ranks(row)
+            if stop():
+                return {}
+            if sums[4] >= tokens:
+                break
+    kl, agree, ours_ce, theirs_ce, count = sums.tolist()
+    if not count:
+        raise UserError("the held-out data holds no whole sequence: use more text or a smaller --seq_length")
+    return {
+        "kl": kl / count,
+        "top1_agreement": agree / count,
+        "student_perplexity": math.exp(min(ours_ce / count, 700.0)),
+        "teacher_perplexity": math.exp(min(theirs_ce / count, 700.0)),
+        "perplexity_ratio": math.exp(min((ours_ce - theirs_ce) / count, 700.0)),
+        "tokens": count,
+    }

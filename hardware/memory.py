@@ -1,0 +1,374 @@
+"""The memory of a training step, estimated from configurations alone, before anything is loaded.
+
+Weights, gradients and optimizer state are counted on a student built on the meta device. Activations are counted
+on one layer of each kind (`activation_bytes.py`). What lives at once differs over a step, so the estimate follows
+it: loss, backward pass layer by layer, update.
+"""
+
+import argparse
+import copy
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from arguments import auto_layers
+from distill.losses import CHUNK_LOGITS_COMPILED, CHUNK_LOGITS_EAGER, PARTS_COMPILED
+from distill.teacher import TeacherNeed
+from hardware.activation_bytes import saved_bytes
+from hardware.recomputation import MODES, set_activation_checkpointing
+from model_utils import freeze
+from models import LlambaConfig, LlambaForCausalLM
+from optim.muon import STACKED
+from run.acceleration import compiles
+from utils import default_dtype
+
+GIB = 2**30
+CONTEXT = 0.6 * GIB  # kernels and libraries loaded on first use, outside torch's allocator
+WORKSPACE = 0.1 * GIB  # cuBLAS workspaces and small tensors
+MARGIN = 0.04  # of what is allocated: rounding and fragments of the allocator
+# Bytes a trainable parameter of a matrix, for bf16 and for float32 parameters: optimizer.py's docstrings.
+STATE_BYTES = {"adamw": (12.0, 8.0), "adamw8bit": (4.03, 2.03), "muon": (4.0, 4.0), "flashadamw": (4.1, 4.1)}
+# Bytes a trainable parameter that live only during the update: float32 copies of all gradients, measured temporaries.
+UPDATE_BYTES = {"adamw": (4.0, 0.0), "adamw8bit": (0.0, 0.0), "muon": (0.0, 0.0), "flashadamw": (5.7, 5.7)}
+# Bytes an entry of the matrices that muon updates together, eager and compiled: copies and products, counted.
+MUON_BYTES = (38.0, 24.0)
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on the student's device at the step's peak, by what holds them; `modes` names each layer's mode."""
+
+    parts: dict[str, float]
+    modes: tuple[str, ...]
+    savings: dict[str, float]  # flag -> bytes that it would save
+    at_start: bool = False  # the peak is not a step's: both models while they are loaded
+
+    @property
+    def allocated(self) -> float:
+        """Bytes from torch's allocator at the peak: what `torch.cuda.max_memory_allocated` will show."""
+        return sum(self.parts.values())
+
+    @property
+    def needed(self) -> float:
+        """Bytes that the device must have free, with kernels and the allocator's fragments."""
+        return self.allocated * (1 + MARGIN) + CONTEXT
+
+    def describe(self) -> str:
+        """One line: the peak and its breakdown in GiB, and the checkpointing mode."""
+        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in self.parts.items() if size >= 0.05 * GIB)
+        when = "while the models are loaded; " if self.at_start else ""
+        return f"{self.allocated / GIB:.1f} GiB ({parts}); {when}gradient checkpointing {describe_modes(self.modes)}"
+
+
+def describe_modes(modes: Sequence[str]) -> str:
+    """`full`, or `selective in 20 of 32 layers, full in 12`."""
+    counts = {mode: modes.count(mode) for mode in MODES if mode in modes}
+    if len(counts) == 1:
+        return next(iter(counts))
+    (first, count), *others = counts.items()
+    return ", ".join([f"{first} in {count} of {len(modes)} layers", *(f"{m} in {n}" for m, n in others)])
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Bytes of one layer: `saved` from forward to backward, `working` beside it while its backward pass runs."""
+
+    saved: float
+    working: float
+
+
+class StepModel:
+    """All that the estimate knows of a step: sizes by part, costs by layer and mode."""
+
+    def __init__(
+        self,
+        teacher_config: Any,
+        student_config: LlambaConfig,
+        args: argparse.Namespace,
+        shards: int = 1,
+        replicated: bool = False,
+        teacher_need: TeacherNeed = "throughout",
+    ):
+        self.args, self.shards, self.replicated, self.teacher_need = args, shards, replicated, teacher_need
+        self.dtype = getattr(torch, args.dtype)
+        self.parameter_dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
+        self.student = meta_student(teacher_config, student_config, args, self.parameter_dtype)
+        self.same_device = (args.teacher_device or args.device) == args.device
+        self.compiled = compiles(args)
+        self.update_in_backward = getattr(args, "update_in_backward", False)
+        self.costs: dict[tuple[str, str], LayerCost] = {}
+        self.constants = self._weights(teacher_config)
+
+    def _weights(self, teacher_config: Any) -> dict[str, float]:
+        teacher, matrices = _teacher_sizes(teacher_config)
+        size = self.dtype.itemsize
+        sharable = self.same_device and self.dtype == self.parameter_dtype
+        frozen = sum(p.numel() for p in self.student.parameters() if not p.requires_grad)
+        total = sum(p.numel() for p in self.student.parameters())
+        own: float = (total - frozen if sharable else total) * self.parameter_dtype.itemsize
+        there: float = teacher * size
+        if self.args.teacher_fp8:
+            shared = frozen * size if sharable else 0
+            there = (teacher - matrices) * size + matrices + shared
+        copies = total * size if self.dtype == torch.float16 else 0  # autocast keeps its casts until the step's end
+        wide = self.parameter_dtype.itemsize == 4
+        state = 0.0
+        for parameter in self._trainable():
+            matrix = parameter.ndim > 1
+            state += parameter.numel() * STATE_BYTES[self.args.optimizer if matrix else "adamw"][wide]
+        there = there if self.same_device else 0.0
+        whole = total * self.parameter_dtype.itemsize  # nothing is shared or let go of yet
+        self.loading = {"teacher weights": there, "student weights": float(whole)}
+        there = there if self.teacher_need == "throughout" else 0.0
+        if self.shards > 1:  # the teacher's embedding and head stay whole; two layers of each model are gathered
+            ends, layers = (teacher - matrices) * size, self.student.config.n_layer
+            own = total * self.parameter_dtype.itemsize
+            there = ends + (there - ends) * (1 / self.shards + 2 / layers) if there else 0.0
+            own, state = own * (1 / self.shards + 2 / layers), state / self.shards
+        return {"teacher weights": there, "student weights": own + copies, "optimizer state": state}
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return [p for p in self.student.parameters() if p.requires_grad]
+
+    def head_gradient(self) -> float:
+        """The head's gradient is float32; a tied one is added to the embedding's."""
+        head = self.student.lm_head.weight
+        return head.numel() * 4.0 if head.requires_grad else 0.0
+
+    def buckets(self) -> float:
+        """DDP's buckets: room for every gradient but the head's, from the start to the end of the run.
+
+        Once a gradient is reduced it is a view of them (`gradient_as_bucket_view`); before, it has its own memory.
+        """
+        head = self.student.lm_head.weight
+        held = [p for p in self._trainable() if p is not head] if self.replicated else []
+        return float(sum(p.numel() * p.element_size() for p in held))
+
+    def embedding_gradient(self) -> float:
+        table: Any = self.student.backbone.embedding.weight
+        if not table.requires_grad:
+            return 0.0
+        return table.numel() * table.element_size() * (2.0 if self.args.grad_accumulation_steps > 1 else 1.0)
+
+    def layer_gradients(self) -> list[float]:
+        return [
+            float(sum(p.numel() * p.element_size() for p in layer.parameters() if p.requires_grad))
+            for layer in self.student.backbone.layers
+        ]
+
+    def kind(self, index: int) -> str:
+        return "attention" if index in self.student.config.attention_layers else "mixer"
+
+    def cost(self, index: int, mode: str) -> LayerCost:
+        key = (self.kind(index), mode)
+        if key not in self.costs:
+            self.costs[key] = self._measure(index, mode)
+        return self.costs[key]
+
+    def _measure(self, index: int, mode: str) -> LayerCost:
+        args = self.args
+        set_activation_checkpointing(self.student, mode)
+        saved = saved_bytes(self.student, index, args.batch_size, args.seq_length, self.compiled, self.dtype)
+        set_activation_checkpointing(self.student, "none")
+        tokens = args.batch_size * args.seq_length
+        size = self.dtype.itemsize
+        working = 3.0 * tokens * self.student.config.mlp_cfg["intermediate_size"] * size
+        if mode != "none":
+            working += max(0.0, self.cost(index, "none").saved - saved)
+        if args.document_reset and self.kind(index) == "attention":
+            saved += args.batch_size * args.seq_length**2 * size  # the mask, as a bias
+        return LayerCost(saved, working)
+
+    def loss(self) -> float:
+        """Logits of a chunk, the gradient of the hidden states, the teacher's hidden states."""
+        config = self.student.config
+        hidden = self.args.batch_size * self.args.seq_length * config.d_model * self.dtype.itemsize
+        logits = self.args.batch_size * self.args.seq_length * config.vocab_size
+        if self.compiled:
+            chunk = (1 + 1 / PARTS_COMPILED) * min(CHUNK_LOGITS_COMPILED, logits) * self.dtype.itemsize
+        else:
+            chunk = 8.0 * min(CHUNK_LOGITS_EAGER, logits) * 4
+        return chunk + 3.0 * hidden
+
+    def matched(self) -> float:
+        """What `--layer_weight` holds through a step: the teacher's states (a batch ahead: twice) and the gradients.
+
+        The distances of all layers go backward before the first layer does. Eagerly each keeps a float32 difference.
+        """
+        if not self.args.layer_weight:
+            return 0.0
+        layers = self.student.config.n_layer
+        tokens = self.args.batch_size * self.args.seq_length * self.student.config.d_model
+        differences = 0 if self.compiled else 4 * (layers - 1)
+        states = layers * (1 if self.same_device else 2) + layers - 1
+        return float(tokens * (states * self.dtype.itemsize + differences))
+
+    def update(self) -> float:
+        """What lives only while weights are updated: all of them together, or one in the backward pass.
+
+        muon takes as many matrices together as STACKED says, or one that is larger.
+        """
+        held = 0.0
+        if not self.update_in_backward:
+            wide = self.parameter_dtype.itemsize == 4
+            held = sum(p.numel() for p in self._trainable()) * UPDATE_BYTES[self.args.optimizer][wide]
+        if self.args.optimizer == "muon":
+            backbone: Any = self.student.backbone
+            largest = max(p.numel() for layer in backbone.layers for p in layer.parameters())
+            held += MUON_BYTES[self.compiled] * (largest if self.update_in_backward else max(STACKED, largest))
+        return held
+
+    def estimate(self, modes: Sequence[str]) -> MemoryEstimate:
+        """The moment of the step in which most is held."""
+        costs = [self.cost(index, mode) for index, mode in enumerate(modes)]
+        gradients = [size / self.shards for size in self.layer_gradients()]
+        head, embedding = self.head_gradient(), self.embedding_gradient() / self.shards
+        everything = sum(gradients) + head + embedding
+        kept = everything if self.args.grad_accumulation_steps > 1 else 0.0
+        in_place = self.update_in_backward or self.replicated  # gradients leave their own memory as they come
+        moments = [{"gradients": max(head, kept), "activations": sum(c.saved for c in costs), "loss": self.loss()}]
+        update = self.update()
+        for index in reversed(range(len(costs))):
+            above = 0.0 if in_place else sum(gradients[index + 1 :])
+            held = max(head + above + gradients[index], kept)
+            alive = sum(c.saved for c in costs[: index + 1]) + costs[index].working
+            beside = update if self.update_in_backward else 0.0
+            moments.append({"gradients": held, "activations": alive, "loss": 0.0, "update": beside})
+        last = head + embedding if in_place else everything
+        moments.append({"gradients": last, "activations": 0.0, "update": update})
+        peak = max(moments, key=lambda moment: sum(moment.values()))
+        parts = {
+            **self.constants,
+            "gradient buckets": self.buckets(),
+            "matched layers": self.matched(),
+            **peak,
+            "workspace": WORKSPACE,
+        }
+        savings = self._savings(parts, costs)
+        loading = self.loading | {"workspace": WORKSPACE}
+        if self.teacher_need == "at the start" and sum(loading.values()) > sum(parts.values()):
+            return MemoryEstimate(loading, tuple(modes), savings, at_start=True)
+        return MemoryEstimate(parts, tuple(modes), savings)
+
+    def _savings(self, parts: dict[str, float], costs: list[LayerCost]) -> dict[str, float]:
+        """What each flag would save, in bytes, roughly: for advice."""
+        args, activations = self.args, parts["activations"]
+        found: dict[str, float] = {}
+        minimum = args.batch_size * args.seq_length * self.student.config.d_model * self.dtype.itemsize
+        found["--gradient_checkpointing full"] = sum(c.saved for c in costs) - minimum * len(costs)
+        if args.batch_size > 1:
+            share = 1 - 1 / args.batch_size
+            found["--batch_size 1 with more --grad_accumulation_steps"] = share * (
+                activations + parts.get("loss", 0.0)
+            )
+        if args.seq_length > 1024:
+            found[f"--seq_length {args.seq_length // 2}"] = 0.5 * activations
+        backbone: Any = self.student.backbone
+        per = self.parameter_dtype.itemsize * 2 + STATE_BYTES[args.optimizer][self.parameter_dtype.itemsize == 4]
+        for flag, modules in {
+            "--freeze_mlp": [layer.mlp for layer in backbone.layers],
+            "--freeze_embeddings": [nn.ModuleList([backbone.embedding, self.student.lm_head])],  # tied: counted once
+        }.items():
+            found[flag] = per * sum(p.numel() for m in modules for p in m.parameters() if p.requires_grad)
+        if args.optimizer != "adamw8bit":
+            wide = self.parameter_dtype.itemsize == 4
+            change = STATE_BYTES[args.optimizer][wide] - STATE_BYTES["adamw8bit"][wide]
+            found["--optimizer adamw8bit"] = change * sum(p.numel() for p in self._trainable())
+        alone = self.shards == 1 and not self.replicated
+        if alone and not self.update_in_backward and args.grad_accumulation_steps == 1:
+            found["--update_in_backward"] = 0.9 * parts["gradients"]
+        if self.same_device and parts["teacher weights"]:
+            found["--teacher_device on another device"] = parts["teacher weights"]
+            if not args.teacher_fp8 and not args.freeze_mlp:
+                found["--teacher_fp8"] = 0.45 * parts["teacher weights"]
+        return {flag: size for flag, size in found.items() if size > 0.02 * sum(parts.values())}
+
+
+def estimate_memory(
+    teacher_config: Any,
+    student_config: LlambaConfig,
+    args: argparse.Namespace,
+    free_bytes: float | None = None,
+    shards: int = 1,
+    replicated: bool = False,
+    teacher_need: TeacherNeed = "throughout",
+) -> MemoryEstimate:
+    """The peak of a training step from the two configurations and the flags; nothing is loaded.
+
+    `--gradient_checkpointing auto` takes the least recomputation with which the step fits into `free_bytes`: layers
+    go from none to selective, then from selective to full, one at a time; on the CPU (`free_bytes` None) none.
+    With `shards`, both models are sharded over that many ranks (FSDP2); `replicated`: whole on each of them (DDP).
+    A teacher that is needed "at the start" alone is gone in a step: the peak is a step's or the loading's.
+    """
+    step = StepModel(teacher_config, student_config, args, shards, replicated, teacher_need)
+    layers = step.student.config.n_layer
+    if args.gradient_checkpointing != "auto":
+        return step.estimate([args.gradient_checkpointing] * layers)
+    plain = step.estimate(["none"] * layers)
+    if free_bytes is None or plain.needed <= free_bytes:
+        return plain
+    for light, heavy in itertools.pairwise(MODES):
+        ladder = [[heavy] * count + [light] * (layers - count) for count in range(1, layers + 1)]
+        if step.estimate(ladder[-1]).needed > free_bytes:
+            continue
+        return next(found for modes in ladder if (found := step.estimate(modes)).needed <= free_bytes)
+    return step.estimate([MODES[-1]] * layers)
+
+
+def oom_advice(estimate: MemoryEstimate, args: argparse.Namespace) -> str:
+    """One line for a run that is out of memory: where it goes, and the flags that help, the best first."""
+    ranked = sorted(estimate.savings.items(), key=lambda item: -item[1])
+    if args.gradient_checkpointing == "full":
+        ranked = [item for item in ranked if "checkpointing" not in item[0]]
+    flags = "; ".join(f"{flag} (about {size / GIB:.1f} GiB)" for flag, size in ranked) or "a larger device"
+    return f"out of memory on {args.device}; a step needs about {estimate.describe()}. What helps most first: {flags}"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """True for what torch, CUDA, cuBLAS and the CPU's allocator raise when memory ends."""
+    texts = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
+
+
+def meta_student(
+    teacher_config: Any, student_config: LlambaConfig, args: argparse.Namespace, dtype: torch.dtype
+) -> LlambaForCausalLM:
+    """The student as it will train, on the meta device: replaced layers in place, frozen parameters frozen."""
+    config = copy.deepcopy(student_config)
+    if not config.attention_layers:
+        config.attention_layers = replaced_layers(args.layers, config.n_layer)
+        config.attention_cfg = LlambaConfig.describe_attention(teacher_config)
+    attention = getattr(args, "attn_implementation", "sdpa")
+    config._attn_implementation = "eager" if attention == "eager" else "sdpa"
+    with torch.device("meta"), default_dtype(dtype):
+        student = LlambaForCausalLM(config)
+    if config.tie_embeddings:
+        student.lm_head.weight = student.backbone.embedding.weight
+    freeze(
+        student,
+        mlp=args.freeze_mlp,
+        replaced_layers=args.freeze_replaced_layers,
+        embeddings=args.freeze_embeddings,
+    )
+    return student.train()
+
+
+def replaced_layers(layers: Sequence[int | str], n_layer: int) -> list[int]:
+    """Indices that `--layers` asks for; `auto:K` counts as the first K, since only their number matters here."""
+    count = auto_layers(layers)
+    wanted = layers if count is None else range(count)
+    return sorted({index for index in wanted if isinstance(index, int) and 0 <= index < n_layer})
+
+
+def _teacher_sizes(config: Any) -> tuple[int, int]:
+    """(parameters of the teacher, parameters of its layers' matrices)."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        teacher = AutoModelForCausalLM.from_config(config)
+    matrices = sum(p.numel() for layer in teacher.model.layers for p in layer.parameters() if p.ndim > 1)
+    return sum(p.numel() for p in teacher.parameters()), matrices

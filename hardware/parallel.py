@@ -1,0 +1,300 @@
+"""Several ranks under torchrun: who is who, what they agree on, and a student replicated (DDP) or sharded (FSDP2).
+
+Without torchrun there is one rank, and nothing here costs anything. Every rank reads the same flags and the same
+text; what only one of them can know (a signal, a clock, a broken file) is agreed on before anybody acts on it, so
+that no rank waits in a collective that another never enters.
+"""
+
+import argparse
+import contextlib
+import logging
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from utils import UserError
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+LAUNCHED_BY = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")  # torchrun sets them all
+LOST = re.compile(r"gloo|connection (closed|reset|refused)|broken pipe|nccl|remote process", re.IGNORECASE)
+
+
+class RankLost(RuntimeError):
+    """Another rank is gone: nothing that needs all of them can be done any more."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run; alone unless torchrun says otherwise."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def alone(self) -> bool:
+        return self.world_size == 1
+
+    def device(self, name: str) -> str:
+        """The rank's own device: under torchrun any CUDA device means that of its local rank."""
+        return f"cuda:{self.local_rank}" if self.world_size > 1 and name.startswith("cuda") else name
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks, on each of them; the argument stays as it is."""
+        if self.alone:
+            return tensor
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    def agree(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is true on any rank. Raises `RankLost`."""
+        if self.alone:
+            return [bool(flag) for flag in flags]
+        votes = torch.tensor(flags, dtype=torch.int32)
+        with losses_of_ranks():
+            dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        return [bool(vote) for vote in votes.tolist()]
+
+    def gather(self, value: Any) -> list[Any]:
+        """A small value of every rank, in their order, on every rank. Raises `RankLost`."""
+        if self.alone:
+            return [value]
+        found: list[Any] = [None] * self.world_size
+        with losses_of_ranks():
+            dist.all_gather_object(found, value)
+        return found
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do something on every rank; a user's mistake on any of them is raised on all."""
+        result, complaint = None, None
+        try:
+            result = work()
+        except UserError as error:
+            if self.alone:
+                raise
+            complaint = str(error)
+        for rank, found in enumerate(self.gather(complaint)):
+            if found is not None:
+                raise UserError(found if rank == 0 else f"rank {rank}: {found}")
+        return result  # type: ignore[return-value]
+
+    def first(self, work: Callable[[], T]) -> T:
+        """Do something on the first rank; its (small) result, or its `UserError`, is every rank's."""
+        result = self.together(lambda: work() if self.is_first else None)
+        return self.gather(result)[0]
+
+
+@contextlib.contextmanager
+def losses_of_ranks() -> Iterator[None]:
+    """A collective that fails, fails because of a rank that is gone: `RankLost`, in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankLost("another rank is gone") from error
+
+
+def is_loss_of_rank(error: BaseException) -> bool:
+    """True for `RankLost`, and for what a collective within a backward pass raises when another rank is gone."""
+    return isinstance(error, RankLost) or (isinstance(error, RuntimeError) and bool(LOST.search(str(error))))
+
+
+@contextlib.contextmanager
+def launched(device: str) -> Iterator[Ranks]:
+    """The ranks of this run: joined as torchrun's environment says, or this process alone.
+
+    Two backends in one group: NCCL for tensors on CUDA devices, gloo for those on the CPU, where ranks agree
+    without waiting for a GPU. NCCL's and torchrun's variables are theirs: nothing is set here.
+    """
+    if not all(name in os.environ for name in LAUNCHED_BY):
+        yield Ranks()
+        return
+    numbers = [int(os.environ[name]) for name in LAUNCHED_BY[:4]]
+    cuda = device.startswith("cuda") and torch.cuda.is_available()
+    if cuda and numbers[1] < torch.cuda.device_count():
+        torch.cuda.set_device(numbers[1])
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    yield Ranks(*numbers)
+    dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone
+
+
+def choose_parallel(args: argparse.Namespace, ranks: Ranks) -> str:
+    """What `--parallel` asks for: none on one rank, ddp, fsdp, or auto where only an estimate can tell.
+
+    Raises `UserError` for flags that work on one rank alone. The CPU replicates.
+    """
+    if ranks.alone:
+        return "none"
+    if args.update_in_backward:
+        raise UserError("--update_in_backward works on one rank; under torchrun use --parallel fsdp to save memory")
+    if args.optimizer == "flashadamw":
+        raise UserError("--optimizer flashadamw works on one rank; under torchrun use adamw8bit or adamw")
+    if args.layer_weight and args.teacher_device:
+        raise UserError("--layer_weight needs a teacher on every rank; leave --teacher_device out under torchrun")
+    if args.optimizer == "muon" and args.parallel == "fsdp":
+        raise UserError("--optimizer muon updates whole matrices; use --parallel ddp, or --optimizer adamw8bit")
+    return "ddp" if args.parallel == "auto" and not args.device.startswith("cuda") else args.parallel
+
+
+def head_names(step: Any) -> list[str]:
+    """Names, in a `DistillationStep`, of the parameter that is the student's head (two if it is tied)."""
+    head = step.student.lm_head.weight
+    return [name for name, p in step.named_parameters(remove_duplicate=False) if p is head]
+
+
+def replicate(step: Any) -> nn.Module:
+    """A `DistillationStep` under DDP. The head's float32 gradient is not DDP's: see `average_gradients`."""
+    ddp = nn.parallel.DistributedDataParallel
+    constant = [name for name, _ in step.named_buffers()]  # the same everywhere: not to be sent in every step
+    ddp._set_params_and_buffers_to_ignore_for_model(step, head_names(step) + constant)
+    return ddp(step, gradient_as_bucket_view=True)
+
+
+def shard(step: Any, device: torch.device) -> nn.Module:
+    """A `DistillationStep` under FSDP2, in place: each layer a group, embedding, norm and head groups of their own.
+
+    Gradients are reduced in float32. The head is used in the loss, outside its own forward, so the step unshards it
+    there; alone in its group, its gradient can be float32 beside those of a bf16 embedding.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
+    backbone = step.student.backbone
+    for layer in backbone.layers:
+        fully_shard(layer, **options)
+    fully_shard(backbone.final_layernorm, **options)
+    if step.student.lm_head.weight is not backbone.embedding.weight:
+        fully_shard(step.student.lm_head, **options)
+    step.accumulate_head_in_place = False
+    return fully_shard(step, **options)
+
+
+def shard_layers(walk: nn.Module, device: torch.device) -> None:
+    """Shard a frozen model's layers (`walk.layers`) in place; `walk`, whose forward calls them, is FSDP2's root."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    layers: Any = walk.layers
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(walk, mesh=mesh)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace gradients by their means over ranks: for parameters that no wrapper looks after."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return
+    torch._foreach_div_(gradients, float(dist.get_world_size()))
+    for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
+        work.wait()
+
+
+# checkpoints: the same files whatever the number of ranks
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """True once FSDP2 has sharded a module's parameters."""
+    return any(isinstance(p, DTensor) for p in module.parameters())
+
+
+def whole_weights(named: dict[str, Tensor], known: dict[str, Tensor], *, first: bool) -> dict[str, Tensor]:
+    """name -> whole tensor on the host, on the first rank; others take part and get empty ones.
+
+    Those in `known`, an earlier result's, are not made again.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in named.items():
+        if name in known:
+            found[name] = known[name]
+            continue
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        found[name] = full.cpu() if first else torch.empty(0)
+    return found
+
+
+def whole_optimizer_state(optimizer: Any, ranks: Ranks) -> dict[str, Any]:
+    """The state dict that one rank would have: the shards' states put together (on the first rank, on the host).
+
+    Parameters are sharded by rows, and so is their state, also that of 8-bit blocks, which never cross rows.
+    """
+    state = optimizer.state_dict()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    own = [state["state"].get(index, {}) for index in range(len(parameters))]
+    forms = ranks.gather([_forms(parameter, values) for parameter, values in zip(parameters, own)])
+    whole: dict[int, dict[str, Tensor]] = {}
+    for index, parameter in enumerate(parameters):
+        form: dict[str, Any] = next((ranked[index] for ranked in forms if ranked[index]), {})
+        entry = {name: _join_rows(parameter, own[index].get(name), *shape) for name, shape in form.items()}
+        if ranks.is_first and entry:
+            whole[index] = {name: tensor.cpu() for name, tensor in entry.items()}
+    return {**state, "state": whole}
+
+
+def _forms(parameter: Any, state: dict[str, Tensor]) -> dict[str, tuple[Any, ...]]:
+    """For each tensor of a state its dtype, rows for each row of the parameter (0: a number), and shape of a row."""
+    rows = max(1, parameter.to_local().shape[0])
+    return {name: (t.dtype, t.shape[0] // rows if t.ndim else 0, tuple(t.shape[1:])) for name, t in state.items()}
+
+
+def _join_rows(parameter: Any, tensor: Tensor | None, dtype: Any, per_row: int, shape: tuple[int, ...]) -> Tensor:
+    """A state tensor of all rows, from each rank's own (None where a rank has no rows), sent as bytes."""
+    device = parameter.to_local().device
+    if per_row == 0:  # the same on every rank that has rows
+        value = torch.zeros((), dtype=dtype, device=device) if tensor is None else tensor.to(device).clone()
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return value
+    width = per_row * math.prod(shape) * dtype.itemsize
+    rows = torch.empty(0, width, dtype=torch.uint8, device=device)
+    if tensor is not None:
+        rows = tensor.contiguous().view(-1).view(torch.uint8).view(-1, width)
+    size = torch.Size((parameter.shape[0], width))
+    spread = DTensor.from_local(
+        rows, parameter.device_mesh, parameter.placements, run_check=False, shape=size, stride=(width, 1)
+    )
+    return spread.full_tensor().view(-1).view(dtype).view(-1, *shape)
+
+
+def own_optimizer_state(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """This rank's rows of a whole state dict, for its shards."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    mine: dict[int, dict[str, Any]] = {}
+    for index, values in state["state"].items():
+        first, rows = _own_rows(parameters[index])
+        per = {name: value.shape[0] // parameters[index].shape[0] for name, value in values.items() if value.ndim}
+        if rows:
+            mine[index] = {
+                name: value[first * per[name] : (first + rows) * per[name]] if name in per else value
+                for name, value in values.items()
+            }
+    return {**state, "state": mine}
+
+
+def _own_rows(parameter: Any) -> tuple[int, int]:
+    """(first row, number of rows) of a parameter's shard; FSDP2 cuts rows as torch.chunk does."""
+    rows = parameter.to_local().shape[0]
+    each = -(-parameter.shape[0] // parameter.device_mesh.size())
+    return min(parameter.device_mesh.get_local_rank() * each, parameter.shape[0]), rows
+
+
+def copy_rows(parameter: Any, whole: Tensor) -> None:
+    """Write a whole tensor into a parameter, or this rank's rows of it into its shard."""
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(whole)
+        return
+    first, rows = _own_rows(parameter)
+    parameter.to_local().copy_(whole[first : first + rows])

@@ -1,0 +1,1 @@
+"""Models and data sets over a network that fails."""

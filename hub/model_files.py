@@ -1,0 +1,107 @@
+"""A model's files, brought from the Hub into its cache, where transformers then finds them without the network.
+
+transformers itself gives up at the first long fault, and passes over what it cannot reach but could do without
+(a chat template, say), so everything it may ask for is fetched here, each file through the same `Patience` as data.
+"""
+
+import argparse
+import fnmatch
+import functools
+import logging
+from pathlib import Path
+
+from arguments import FROM_TEACHER
+from hub.hub_files import DataStreamLost, Patience, ShortBody, is_transient, raise_for_access
+from model_utils import require_model_folder
+from models.loading import check_files
+from utils import UserError
+
+__all__ = ["DataStreamLost", "fetch_model"]
+
+log = logging.getLogger(__name__)
+
+SETTINGS = ("*.json", "*.jinja", "*.model", "*.txt")  # configurations and tokenizer
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the first kind that there is
+TEMPLATES = "additional_chat_templates/"
+
+
+def fetch_model(flag: str, name: str, args: argparse.Namespace, *, weights: bool = False) -> None:
+    """Bring configuration and tokenizer of a hub id into the cache, with `weights` those as well.
+
+    Nothing happens for a local folder, for `from_teacher`, or with `--local_files_only`. A Hub that cannot be reached
+    is waited for `--network_patience` seconds, unless the whole model is in the cache. Raises `UserError` naming flag
+    and model for a repository that is not there or not to be read, `DataStreamLost` when the network stays away for
+    longer than the patience.
+    """
+    from huggingface_hub import constants
+
+    path = Path(name).expanduser()
+    if name == FROM_TEACHER or args.local_files_only or constants.HF_HUB_OFFLINE:
+        return
+    if path.exists() or path.is_absolute() or name.startswith((".", "~")):
+        return
+    what, waiting = f"{flag} {name}", Patience(args.network_patience)
+    try:
+        raise_for_access(lambda: _fetch(what, name, weights, waiting), what)
+    except (UserError, DataStreamLost):
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"{what} cannot be fetched from the Hub: {' '.join(str(error).split())[:300]}") from error
+
+
+def _fetch(what: str, name: str, weights: bool, patience: Patience) -> None:
+    names = patience.call(what, lambda: _names(what, name))
+    wanted = [file for file in names if "/" not in file.removeprefix(TEMPLATES) and _matches(file, SETTINGS)]
+    kinds = [[file for file in names if "/" not in file and _matches(file, (kind,))] for kind in WEIGHTS]
+    for file in [*wanted, *(next(filter(None, kinds), []) if weights else [])]:
+        patience.call(f"{what}, {file}", functools.partial(_download, name, file))
+
+
+def _names(what: str, name: str) -> list[str]:
+    """All files of a model's repository; none when it cannot be asked for them and the cache has them all."""
+    from huggingface_hub import HfApi, constants
+
+    try:
+        return [
+            entry.rfilename
+            for entry in HfApi().model_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT).siblings or []
+        ]
+    except Exception as error:
+        if not is_transient(error) or not _is_cached(name):
+            raise
+        log.warning("%s: the Hub cannot be reached (%s); its copy in the cache is used", what, type(error).__name__)
+        return []
+
+
+def _is_cached(name: str) -> bool:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True))
+        require_model_folder(str(folder))
+        check_files(folder)
+    except (LocalEntryNotFoundError, UserError, ValueError):
+        return False
+    return True
+
+
+def _download(name: str, file: str) -> None:
+    """One file into the cache, with the faults that have no type of their own made `is_transient`.
+
+    The Hub is asked for the file's size first: `hf_hub_download` would ask too, but goes on asking on its own for
+    half a minute when that fails, whatever the patience.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    get_hf_file_metadata(hf_hub_url(name, file), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    try:
+        hf_hub_download(name, file)
+    except OSError as error:
+        if "Consistency check failed" in str(error):
+            raise ShortBody(f"{file} came in part") from error
+        raise
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)

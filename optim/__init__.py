@@ -1,0 +1,1 @@
+"""Updates that lose nothing: optimizers on exact master weights, the schedule, clipping."""

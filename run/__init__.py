@@ -1,0 +1,1 @@
+"""Puts a run together from flags; beside the scripts the only code that reads them."""

@@ -1,0 +1,152 @@
+"""From flags to the pair: load, transfer, replace, freeze, and connect both models."""
+
+import argparse
+import gc
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from arguments import FROM_TEACHER, auto_layers
+from distill.distillation import DistillationStep
+from distill.initialization import calibrate_mixers
+from distill.layer_choice import choose_layers
+from distill.teacher import HostTeacher, OwnTeacher
+from hardware import parallel
+from hardware.parallel import Ranks
+from hub.model_files import fetch_model
+from model_utils import (
+    apply_replacements,
+    check_layers,
+    describe_parameters,
+    freeze,
+    get_student_model,
+    get_teacher_model,
+    is_distilled,
+    share_frozen_weights,
+    transfer_teacher_weights,
+)
+from models import LlambaForCausalLM
+from run.acceleration import accelerate, compiles
+from run.inputs import Inputs
+from run.plan import stage_names
+from run.text import RunText
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Models:
+    """The pair, the text that it learns from, and how the student's parts are run."""
+
+    teacher: PreTrainedModel | None  # None where nothing from here on needs it
+    student: LlambaForCausalLM
+    text: RunText
+    device: torch.device
+    teacher_device: torch.device
+    dtype: torch.dtype
+    teacher_head: torch.Tensor | None = None  # [V, d] on the student's device, wherever the teacher goes
+    step: Any = None  # the student with its loss; from `distribute` on under DDP or FSDP2
+    hidden_states: Any = None  # where the teacher's come from (teacher.py)
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.text.tokenizer
+
+
+def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, devices: Any, ranks: Ranks) -> Models:
+    """Load the pair and do the surgery, unless the student is a checkpoint that already had it."""
+    (device, teacher_device), text = devices, inputs.text
+    dtype = getattr(torch, args.dtype)
+    options = dict(attn_implementation=args.attn_implementation, local_files_only=True)
+    teacher: Any = None
+    if inputs.teacher_need != "never":
+        fetch_model("--teacher_model", args.teacher_model, args, weights=True)
+        teacher = get_teacher_model(args.teacher_model, dtype=dtype, device=teacher_device, **options)
+    fetch_model("--student_model", student_source, args, weights=True)
+    parameter_dtype = torch.float32 if dtype == torch.float16 else dtype
+    student = get_student_model(
+        student_source, teacher, dtype=parameter_dtype, device=device, expand=args.expand, **options
+    )
+    if is_distilled(student.config):
+        log.info("%s is a distilled student: its weights, sizes and layers are kept as they are", student_source)
+    else:
+        layers = check_layers(args.layers, teacher.config.num_hidden_layers)
+        transfer_teacher_weights(student, teacher, replaced=layers)
+        apply_replacements(student, teacher, layers)
+        student.config.teacher_model = args.teacher_model
+        if student_source == FROM_TEACHER:
+            tokens = text.calibration_tokens(stage_names(args)[0])
+            calibrate_mixers(student, teacher, tokens.to(teacher_device))
+        if auto_layers(args.layers) is not None:
+            chosen = ranks.first(lambda: choose_layers(args, teacher, student, text.choice_loader))
+            apply_replacements(student, teacher, chosen)
+    freeze(
+        student,
+        mlp=args.freeze_mlp,
+        replaced_layers=args.freeze_replaced_layers,
+        embeddings=args.freeze_embeddings,
+    )
+    if teacher is not None:
+        share_frozen_weights(student, teacher)
+    if inputs.teacher_need == "at the start":
+        teacher = None
+        gc.collect()  # a model holds itself in circles
+    student.train()
+    log.info(describe_parameters(student, teacher))
+    models = Models(teacher, student, text, device, teacher_device, dtype)
+    on_cpu = "none" if args.gradient_checkpointing == "auto" else args.gradient_checkpointing
+    accelerate(args, models, inputs.estimate.modes if inputs.estimate else on_cpu)
+    connect(args, models, ranks)
+    return models
+
+
+def connect(args: argparse.Namespace, models: Models, ranks: Ranks) -> None:
+    """Make of the pair what steps and evaluations are made of: head, step, and where hidden states come from."""
+    if models.teacher is not None:
+        # detached: a teacher that moves to another device takes its parameters along
+        models.teacher_head = models.teacher.get_output_embeddings().weight.detach().to(models.device)
+    models.step = DistillationStep(
+        models.student,
+        models.teacher_head,  # also with hard labels alone: evaluations compare with the teacher
+        temperature=args.temperature,
+        kl_weight=args.kl_weight,
+        ce_weight=args.ce_weight,
+        layer_weight=args.layer_weight,
+        compile=compiles(args),
+        autocast=torch.float16 if models.dtype == torch.float16 else None,
+    )
+    if models.teacher is not None:
+        models.hidden_states = hidden_states(args, models, ranks)
+
+
+def serves_host(args: argparse.Namespace, ranks: Ranks) -> bool:
+    """True where one teacher, on a device that is no rank's, serves all ranks of a host."""
+    return not ranks.alone and args.teacher_device is not None
+
+
+def hidden_states(args: argparse.Namespace, models: Models, ranks: Ranks) -> OwnTeacher | HostTeacher:
+    """Where the teacher's hidden states come from. A host's teacher moves to its device, and goes on other ranks."""
+    if not serves_host(args, ranks):
+        return OwnTeacher(models.teacher, models.device, every_layer=args.layer_weight > 0)
+    teacher: Any = models.teacher
+    place = torch.device(args.teacher_device)
+    if ranks.local_rank == 0:
+        teacher.to(place)
+    else:
+        teacher.model.layers = nn.ModuleList()
+    models.teacher_device = place
+    return HostTeacher(teacher, models.device, place, ranks)
+
+
+def distribute(args: argparse.Namespace, models: Models, way: str) -> None:
+    """Replicate or shard the pair for the KD stages, once; the alignment stages before them are replicated."""
+    if way == "ddp":
+        models.step = parallel.replicate(models.step)
+    elif way == "fsdp":
+        models.step = parallel.shard(models.step, models.device)
+        if isinstance(models.hidden_states, OwnTeacher):
+            parallel.shard_layers(models.hidden_states.backbone, models.teacher_device)

@@ -1,0 +1,123 @@
+"""Everything that can be wrong with a run's inputs, found before any weight is loaded."""
+
+import argparse
+import functools
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from arguments import FROM_TEACHER
+from distill.initialization import student_config
+from distill.teacher import TeacherNeed, teacher_need
+from hardware import parallel
+from hardware.memory import GIB, MemoryEstimate, estimate_memory
+from hardware.parallel import Ranks
+from hub.model_files import fetch_model
+from model_utils import check_layers, check_pair, check_teacher_config, get_tokenizer, is_distilled, load_config
+from models import LlambaConfig
+from origins import Origins
+from run.text import RunText
+from utils import UserError, check_device
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Inputs:
+    """What is known before any weight is loaded."""
+
+    text: RunText
+    estimate: MemoryEstimate | None  # of a training step on a GPU
+    teacher_need: TeacherNeed
+    parallel: str = "none"  # or ddp, fsdp
+
+
+def check_inputs(
+    args: argparse.Namespace, student_source: str, names: Collection[str], origins: Origins, ranks: Ranks
+) -> Inputs:
+    """What can be wrong with the models, found from their configurations alone, and what they will take.
+
+    names: of the stages that are still to run.
+    """
+    fetch_model("--teacher_model", args.teacher_model, args)
+    teacher = load_config(args.teacher_model, local_files_only=True)
+    check_teacher_config(teacher, args.teacher_model)
+    fetch_model("--student_model", student_source, args)
+    if args.layer_weight and teacher.num_hidden_layers < 2:
+        raise UserError("--layer_weight: the teacher has one layer, which the loss matches already; leave it out")
+    longest = teacher.max_position_embeddings
+    lengths = {"seq_length": args.seq_length}
+    if args.matrix_tokens:
+        lengths["matrix_seq_length"] = args.matrix_seq_length
+    for flag, length in lengths.items():
+        if length > longest:
+            raise UserError(f"--{flag} {length}: the teacher has {longest} positions; use at most that many")
+    if student_source == FROM_TEACHER:
+        student = student_config(teacher, args.expand)
+    else:
+        student = load_config(student_source, config_class=LlambaConfig, local_files_only=True)
+        check_pair(student, teacher, student_source)
+    check_layers(args.layers, teacher.num_hidden_layers)
+    need = teacher_need(args, names, fresh=not is_distilled(student))
+    way, estimate = parallel.choose_parallel(args, ranks), None
+    if args.device.startswith("cuda"):
+        free, total = torch.cuda.mem_get_info(args.device)
+        way, estimate = settle_parallel(teacher, student, args, way, free, ranks, need)
+        log.info("estimated peak of a step: %s; free %.1f of %.1f GiB", estimate.describe(), free / GIB, total / GIB)
+    if way in ("ddp", "fsdp"):
+        log.info("%d ranks, %s", ranks.world_size, "replicated" if way == "ddp" else "sharded")
+    text = RunText(args, get_tokenizer(args.teacher_model, local_files_only=True), ranks)
+    return Inputs(text, estimate, need, way)
+
+
+def settle_parallel(
+    teacher: Any,
+    student: LlambaConfig,
+    args: argparse.Namespace,
+    way: str,
+    free: float | None,
+    ranks: Ranks,
+    need: TeacherNeed = "throughout",
+) -> tuple[str, MemoryEstimate]:
+    """`way` with auto settled (ddp where a step fits into every rank's `free` bytes, else fsdp), and its estimate."""
+    estimated = functools.partial(estimate_memory, teacher, student, args, free, teacher_need=need)
+    if way != "fsdp":
+        estimate = estimated(replicated=way != "none")
+        if way != "auto":
+            return way, estimate
+        if not ranks.agree(free is not None and estimate.needed > free)[0]:
+            return "ddp", estimate
+        if args.optimizer == "muon":
+            raise UserError(
+                "--optimizer muon: the models do not fit whole on every rank; use adamw8bit, which shards"
+            )
+    return "fsdp", estimated(ranks.world_size)
+
+
+def check_devices(args: Any, ranks: Any) -> tuple[torch.device, torch.device]:
+    """(student's device, the one that the teacher is loaded on); under torchrun `args.device` becomes the rank's own.
+
+    A `--teacher_device` under torchrun serves all ranks of a host, so no rank may have it for its student.
+    """
+    args.device = ranks.device(args.device)
+    own = check_device(args.device)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)  # Triton's kernels and CUDA graphs are launched on the current device
+    if args.teacher_device is None:
+        return own, own
+    theirs = check_device(args.teacher_device)
+    if ranks.alone:
+        return own, theirs
+    if theirs.type == "cuda" and (theirs.index or 0) < ranks.local_world_size:
+        raise UserError(
+            f"--teacher_device {args.teacher_device} is a student's device under torchrun; name one from "
+            f"cuda:{ranks.local_world_size} on, or leave it out for a teacher on every rank"
+        )
+    if args.matrix_tokens or args.hidden_tokens:
+        raise UserError(
+            f"--teacher_device {args.teacher_device}: the alignment stages need a teacher on every rank; leave it out"
+        )
+    return own, own

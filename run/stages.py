@@ -1,0 +1,93 @@
+"""From flags to a stage: its micro step, optimizer, schedule, and how its ranks average gradients."""
+
+import argparse
+from typing import Any
+
+import torch
+from torch import nn
+
+from distill.distillation import DistillationStep, kd_micro_step
+from distill.forms import Stage
+from distill.mohawk import AlignmentStep, trained_mixers
+from hardware import parallel
+from hardware.cuda_graphs import CapturedMicroStep, captures
+from hardware.parallel import Ranks
+from optim.build import build_optimizer
+from optim.schedule import build_schedule
+from optim.update_in_backward import UpdateInBackward
+from run.acceleration import compiles
+from run.build import Models, distribute
+
+
+def build_stage(
+    args: argparse.Namespace, name: str, models: Models, loader: Any, total: int, ranks: Ranks, way: str = "none"
+) -> Stage:
+    """A fresh stage: optimizer and schedule of its own, ready for `trainer.run_stage`; `way` is Inputs.parallel."""
+    distils = name in ("stage1", "stage2")
+    micro_step, module = distillation(args, models, way) if distils else alignment(args, name, models)
+    rates = {"matrix": args.matrix_lr, "hidden": args.hidden_lr}
+    max_lr = rates.get(name, args.max_lr)
+    optimizer = build_optimizer(
+        args.optimizer,
+        module,
+        lr=max_lr,
+        weight_decay=args.weight_decay,
+        kernel=compiles(args),
+    )
+    schedule = build_schedule(
+        optimizer,
+        total,
+        max_lr=max_lr,
+        min_lr=args.min_lr,
+        warmup_ratio=args.warmup_ratio,
+        decay_ratio=args.decay_ratio,
+    )
+    if args.update_in_backward:
+        optimizer = UpdateInBackward(optimizer, args.grad_clip)  # type: ignore[assignment]
+    stage = Stage(
+        name=name,
+        loader=loader,
+        micro_step=micro_step,
+        trainable=module,
+        optimizer=optimizer,
+        schedule=schedule,
+        total_steps=total,
+        accumulation=args.grad_accumulation_steps,
+        grad_clip=args.grad_clip,
+        device=models.device,
+        scaler=torch.amp.GradScaler(models.device.type) if models.dtype == torch.float16 else None,
+        open_ended=name == "stage1" and args.epochs > 0,
+        ranks=ranks,
+    )
+    stage.ahead = distils and args.kl_weight > 0 and models.hidden_states.ahead
+    if captures(args, models, ranks):
+        stage.micro_step = CapturedMicroStep(stage.micro_step, stage.parameters(), models.device)
+    if not ranks.alone:
+        synchronise(stage, models, way if distils else "none")
+    return stage
+
+
+def synchronise(stage: Stage, models: Models, way: str) -> None:
+    """Average gradients over ranks once an optimizer step: in its last backward pass, or after it ("none")."""
+    if way == "fsdp":
+        stage.synchronise = models.step.set_requires_gradient_sync
+    elif way == "ddp":
+        stage.synchronise = lambda last: setattr(models.step, "require_backward_grad_sync", last)
+        stage.finish_gradients = lambda: parallel.average_gradients([models.student.lm_head.weight])
+    else:
+        stage.finish_gradients = lambda: parallel.average_gradients(stage.parameters())
+
+
+def alignment(args: argparse.Namespace, name: str, models: Models) -> tuple[Any, nn.Module]:
+    """(micro step, what it trains) of the "matrix" or "hidden" stage."""
+    half = torch.float16 if models.dtype == torch.float16 else None
+    tokens = models.text.calibration_tokens(name)
+    align = AlignmentStep(name, models.teacher, models.student, tokens, autocast=half, compile=compiles(args))
+    return align, trained_mixers(models.student)
+
+
+def distillation(args: argparse.Namespace, models: Models, way: str) -> tuple[Any, nn.Module]:
+    """(micro step, what it trains) of the KD stages."""
+    if type(models.step) is DistillationStep:  # neither DDP's nor, by FSDP2's subclass, sharded yet
+        distribute(args, models, way)
+    return kd_micro_step(models.step, models.hidden_states if args.kl_weight > 0 else None), models.step

@@ -1,0 +1,191 @@
+"""Metrics of a run: metrics.jsonl, Weights & Biases, the bar in the terminal."""
+
+import json
+import logging
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from utils import SAMPLES, mask_secrets
+
+log = logging.getLogger(__name__)
+
+
+class ProgressBar:
+    """A tqdm bar on a terminal; nothing at all elsewhere, so that a nohup log stays clean lines."""
+
+    def __init__(self, enabled: bool | None = None):
+        self.enabled = sys.stderr.isatty() if enabled is None else enabled
+        self.bar: Any = None
+
+    def show(self, figures: dict[str, Any]) -> None:
+        if not self.enabled:
+            return
+        from tqdm import tqdm
+
+        if self.bar is None or self.bar.desc != figures["stage"]:
+            self.close()
+            # the rate counts from where this process began, which on resume is not the stage's start
+            done, total = max(0, figures["stage_step"] - 1), figures["stage_total"]
+            self.bar = tqdm(desc=figures["stage"], initial=done, total=total, unit="step", dynamic_ncols=True)
+        self.bar.n = figures["stage_step"]
+        self.bar.refresh()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class Tracker:
+    """Where figures go: `metrics.jsonl` always, W&B if asked for, the progress bar on a terminal."""
+
+    def __init__(
+        self,
+        output_dir: Path,
+        *,
+        wandb_enabled: bool = False,
+        config: dict[str, Any] | None = None,
+        project: str = "llamba-distill",
+        run_name: str | None = None,
+        entity: str | None = None,
+        mode: str = "online",
+        run_id: str | None = None,
+        main_process: bool = True,
+    ):
+        self.path = output_dir / "metrics.jsonl"
+        self.main_process = main_process
+        self.bar = ProgressBar(None if main_process else False)
+        self.wandb: Any = None
+        self.writable, self.last_mark, self.stages_begun = True, ("", -1), 0
+        if main_process:
+            output_dir.mkdir(parents=True, exist_ok=True)
+        if wandb_enabled and main_process:
+            try:
+                self.wandb = start_wandb(output_dir, config or {}, project, run_name, entity, mode, run_id)
+            except Exception as error:  # as in _wandb: no service is worth the run
+                log.warning("W&B did not start: %s: %s; figures go to %s", type(error).__name__, error, self.path)
+        self.run_id = self.wandb.id if self.wandb is not None else run_id
+
+    def log(self, figures: dict[str, Any], *, step: int) -> None:
+        """One line of metrics.jsonl (non-finite numbers become null) and one W&B row."""
+        if not self.main_process:
+            return
+        row = {"step": step, **figures}
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(clean) + "\n")
+            self.writable = True
+        except OSError as error:
+            if self.writable:  # a full disk is told once, not at every step
+                log.warning("metrics.jsonl could not be written: %s", error)
+            self.writable = False
+        if "stage_step" in figures:
+            self.bar.show(figures)
+        shown = {k: v for k, v in figures.items() if "/" in k}
+        self._wandb(lambda run: run.log({**shown, "train/optimizer_step": step}))
+
+    def truncate_after(self, step: int) -> None:
+        """Drop lines after an optimizer step: a resumed run writes them again."""
+        self.last_mark, self.stages_begun = ("", -1), 0
+        for path in (self.path, self.path.with_name(SAMPLES)):
+            if self.main_process and path.exists():
+                self._truncate(path, step)
+
+    def _truncate(self, path: Path, step: int) -> None:
+        kept = []
+        for line in filter(None, path.read_text(encoding="utf-8", errors="replace").split("\n")):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                log.warning("%s: a line that was cut off is dropped", path.name)
+                continue
+            if row.get("step", 0) <= step:
+                kept.append(line + "\n")
+                if "stage_begins" in row:
+                    self.last_mark = (row["stage_begins"], row["step"])
+                    self.stages_begun += 1
+        draft = path.with_suffix(".tmp")
+        draft.write_text("".join(kept), encoding="utf-8")
+        os.replace(draft, path)
+
+    def mark_stage(self, stage: str, step: int) -> None:
+        """Note where a stage begins, once: a run killed just after the mark comes back to the same step."""
+        if self.last_mark == (stage, step):
+            return
+        self.last_mark = (stage, step)
+        self.log({"stage_begins": stage, "stage": stage}, step=step)
+        self.stages_begun += 1
+        mark = {"train/stage_number": self.stages_begun, "train/optimizer_step": step}
+        self._wandb(lambda run: run.log(mark))
+        self._wandb(lambda run: run.summary.update({f"{stage}/first_step": step}))
+
+    def summary(self, figures: dict[str, Any]) -> None:
+        """Values of the whole run: parameter counts, steps of each stage."""
+        self._wandb(lambda run: run.summary.update(figures))
+
+    def samples(self, columns: list[str], rows: list[list[Any]], *, step: int) -> None:
+        """Sample texts: a line each in samples.jsonl, and a W&B table."""
+        if not self.main_process:
+            return
+        lines = [json.dumps({"step": step, **dict(zip(columns, row))}, ensure_ascii=False) for row in rows]
+        try:
+            with self.path.with_name(SAMPLES).open("a", encoding="utf-8") as file:
+                file.write("\n".join(lines) + "\n")
+        except OSError as error:
+            log.warning("%s could not be written: %s", SAMPLES, error)
+
+        def send(run: Any) -> None:
+            import wandb
+
+            table = wandb.Table(columns=["step", *columns], data=[[step, *row] for row in rows])
+            run.log({"samples/texts": table, "train/optimizer_step": step})
+
+        self._wandb(send)
+
+    def _wandb(self, send: Any) -> None:
+        """Training outlives W&B: a failure to report is one warning, and reporting ends."""
+        if self.wandb is None:
+            return
+        try:
+            send(self.wandb)
+        except Exception as error:  # whatever the client raises, the run goes on
+            log.warning("W&B stopped: %s: %s; figures go on in %s", type(error).__name__, error, self.path)
+            self.wandb = None
+
+    def close(self) -> None:
+        self.bar.close()
+        self._wandb(lambda run: run.finish())
+
+
+def start_wandb(
+    folder: Path,
+    config: dict[str, Any],
+    project: str,
+    name: str | None,
+    entity: str | None,
+    mode: str,
+    run_id: str | None,
+) -> Any:
+    """A W&B run, the same one when `run_id` is given, with axes by optimizer step and tokens."""
+    import wandb
+
+    sys.argv[1:] = mask_secrets(sys.argv[1:])  # W&B records the command line
+    run = wandb.init(
+        dir=os.environ.get("WANDB_DIR", str(folder)),
+        project=os.environ.get("WANDB_PROJECT", mask_secrets(project)),
+        entity=os.environ.get("WANDB_ENTITY", mask_secrets(entity)),
+        name=os.environ.get("WANDB_NAME", mask_secrets(name)),
+        mode=os.environ.get("WANDB_MODE", mode),  # type: ignore[arg-type]
+        id=run_id,
+        resume="allow" if run_id else None,
+        config=config,
+    )
+    run.define_metric("train/optimizer_step")
+    run.define_metric("train/tokens")
+    for panel in ("train", "eval", "perf", "data", "layers", "samples"):
+        run.define_metric(f"{panel}/*", step_metric="train/optimizer_step")
+    return run

@@ -1,0 +1,1 @@
+"""Files to packed sequences, with an exact position."""

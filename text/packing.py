@@ -1,0 +1,367 @@
+"""Packed sequences: documents in a shuffled order, joined by end-of-text, cut into seq_length + 1 tokens.
+
+Shuffling: each pass (epoch) permutes the files and then, block by block, the documents of each block of
+`shuffle_buffer` consecutive ones; both from (seed, epoch, block). So the whole state is a *cursor*: epoch, block,
+where the block starts, and how far into the block's order, the document and its tokens the last sequence reached.
+Restoring reads one block again, not the stream. A source that is loaded at once is permuted as a whole.
+"""
+
+import itertools
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from text.documents import BadDocument, DocumentEncoder, Segment, ids_of
+from text.row_readers import BadData
+from text.text_sources import TEXT_VERSION, SourceSpec, TextSource, TextTable, load_table, open_source
+from utils import UserError
+
+log = logging.getLogger(__name__)
+
+UNSHUFFLED_BLOCK = 256  # documents read at a time when they are not shuffled
+TABLE_BLOCK = 1024  # documents taken at a time from a source that was loaded at once
+BLOCK_CHARACTERS = 1 << 28  # a block ends early at this much text, so that huge documents do not add up
+FIRST_CHARACTERS, MOST_CHARACTERS = 1 << 16, 1 << 20  # of text tokenised at once, at the start and later
+
+
+class Cursor(NamedTuple):
+    """The first token that has not been given out. `file`, `row`, `offset`: where the block starts."""
+
+    epoch: int = 0
+    block: int = 0
+    file: int = 0  # place in this epoch's order of files
+    row: int = 0
+    offset: int = 0  # bytes, in JSON files
+    document: int = 0  # place in the block's order of documents
+    segment: int = 0  # of the document
+    token: int = 0  # of the segment
+
+
+@dataclass
+class Sequence:
+    """seq_length + 1 tokens, and the state behind them."""
+
+    tokens: torch.Tensor  # int64 [T+1]
+    length: int  # real tokens; the rest (only at the end of the last pass) is filled with separators
+    starts: list[int]  # where its documents begin
+    documents: list[str]
+    cursor: Cursor
+    counters: dict[str, int]
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """int64 [T+1]: place in the document, from 0 at the sequence's start."""
+        starts = np.zeros(len(self.tokens), dtype=np.int64)
+        starts[self.starts] = self.starts
+        return torch.from_numpy(np.arange(len(starts)) - np.maximum.accumulate(starts))
+
+
+def draw_order(count: int, *seed: int) -> np.ndarray:
+    """A permutation of range(count) from integers, the same on every machine and numpy version (raw Philox bits)."""
+    bits = np.random.Philox(np.random.SeedSequence(seed)).random_raw(count)
+    return np.argsort(bits, kind="stable")
+
+
+@dataclass
+class Block:
+    """Consecutive documents in the order in which they are given out, as (value, name)."""
+
+    start: Cursor
+    rows: list[tuple[Any, str]]
+
+
+class StreamedBlocks:
+    """Blocks of a source that is read from front to back, file by file."""
+
+    def __init__(self, source: TextSource, seed: int, shuffle_buffer: int):
+        self.source, self.seed, self.shuffle_buffer = source, seed, shuffle_buffer
+
+    def epoch(self, cursor: Cursor) -> Iterator[Block]:
+        """The blocks of one pass from the cursor's block on."""
+        files = len(self.source.files)
+        order = draw_order(files, self.seed, cursor.epoch).tolist() if self.shuffle_buffer else list(range(files))
+        size = self.shuffle_buffer or UNSHUFFLED_BLOCK
+        start, rows, characters = cursor._replace(document=0, segment=0, token=0), [], 0
+        for value, name, after in self.source.documents(order, cursor[2:5]):
+            rows.append((value, name))
+            characters += _characters(value)
+            if len(rows) == size or characters >= BLOCK_CHARACTERS:
+                yield self._ordered(start, rows)
+                start = Cursor(start.epoch, start.block + 1, *after)
+                rows, characters = [], 0
+        if rows:
+            yield self._ordered(start, rows)
+
+    def _ordered(self, start: Cursor, rows: list[tuple[Any, str]]) -> Block:
+        if not self.shuffle_buffer:
+            return Block(start, rows)
+        order = draw_order(len(rows), self.seed, start.epoch, start.block)
+        return Block(start, [rows[index] for index in order])
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, list):
+        return sum(len(str(turn)) for turn in value)
+    return len(value) if isinstance(value, str | bytes | memoryview) else 0
+
+
+class TableBlocks:
+    """Blocks of a source that was loaded at once: slices of one permutation of all its documents a pass."""
+
+    def __init__(self, table: TextTable, seed: int, shuffle: bool):
+        self.table, self.seed, self.shuffle = table, seed, shuffle
+
+    def epoch(self, cursor: Cursor) -> Iterator[Block]:
+        """The blocks of one pass from the cursor's block on."""
+        count = len(self.table)
+        order = draw_order(count, self.seed, cursor.epoch) if self.shuffle else np.arange(count)
+        for block in range(cursor.block, math.ceil(count / TABLE_BLOCK)):
+            chosen = order[block * TABLE_BLOCK : (block + 1) * TABLE_BLOCK]
+            yield Block(Cursor(cursor.epoch, block), [self.table[int(index)] for index in chosen])
+
+
+@dataclass
+class Piece:
+    """Tokens of one segment of a document, or of none (an epoch's end)."""
+
+    cursor: Cursor
+    ids: Any  # np.ndarray int32, or str until it is tokenised
+    name: str = ""
+    ends: bool = False  # the document ends with it
+    skipped: dict[str, int] = field(default_factory=dict)  # rows passed over before it
+
+
+Tokenised = tuple[list[Piece], list[Any]]  # pieces, and the backend's encodings of those that are text
+
+
+def with_ids(batches: Iterator[Tokenised]) -> Iterator[Piece]:
+    """The pieces one by one, with ids in place of text. Apart from the tokenising, which lets other threads run."""
+    for pieces, encodings in batches:
+        texts = iter(encodings)
+        for piece in pieces:
+            if isinstance(piece.ids, str):
+                piece.ids = ids_of(next(texts))
+            yield piece
+
+
+class PackedTextDataset(IterableDataset):
+    """Whole sequences of seq_length + 1 tokens in the global order, usable without a loader.
+
+    Iterating goes on from `state_dict()`; `epochs` None never ends. After the last pass the tokens that are left
+    are one sequence filled up with separators, whose `length` says how many of its tokens are real.
+    """
+
+    def __init__(
+        self,
+        spec: SourceSpec,
+        tokenizer: Any,
+        *,
+        seq_length: int,
+        seed: int = 42,
+        epochs: int | None = None,
+        source: TextSource | None = None,
+    ):
+        super().__init__()
+        self.spec, self.seq_length, self.seed, self.epochs = spec, seq_length, seed, epochs
+        self.source = source or open_source(spec)
+        self.encoder = self._make_encoder(tokenizer)
+        self.cursor, self.sequences = Cursor(), 0
+        self.counters = dict.fromkeys(("documents", "skipped_empty", "bad", "tokens"), 0)
+        self.blocks = self._make_blocks()
+        self._check_enough()
+
+    def _make_encoder(self, tokenizer: Any) -> DocumentEncoder:
+        return DocumentEncoder(tokenizer, self.source.chat, started=self.spec.version > 1)
+
+    def _make_blocks(self) -> StreamedBlocks | TableBlocks:
+        if self.spec.streaming:
+            return StreamedBlocks(self.source, self.seed, self.spec.shuffle_buffer)
+        return TableBlocks(load_table(self.source), self.seed, shuffle=self.spec.shuffle_buffer > 0)
+
+    def _check_enough(self) -> None:
+        """One pass must fill a sequence; reads no further than that, in the files' own order."""
+        wanted, found = self.seq_length + 1, 0
+        blocks = StreamedBlocks(self.source, self.seed, 0) if self.spec.streaming else self.blocks
+        for piece in with_ids(self._tokenised(self._pieces(blocks.epoch(Cursor()), Cursor()), 1 << 12)):
+            found += len(piece.ids)
+            if found >= wanted:
+                return
+        raise UserError(
+            f"{self.spec.name}: {found} tokens in all, fewer than one sequence of {wanted} (--seq_length + 1)"
+            if found
+            else f"{self.spec.name}: empty dataset, no text in column {self.source.column}"
+        )
+
+    def __iter__(self) -> Iterator[Sequence]:
+        worker = get_worker_info()
+        for number, sequence in enumerate(self.stream()):
+            if worker is None or number % worker.num_workers == worker.id:
+                self.advance(sequence)
+                yield sequence
+
+    def advance(self, sequence: Sequence, count: int = 1) -> None:
+        """Take note that everything up to this sequence was given out, `count` sequences more than before."""
+        self.cursor, self.counters = sequence.cursor, sequence.counters
+        self.sequences += count
+
+    def stream(self, ahead: Callable[[Iterator[Any]], Iterator[Any]] = iter) -> Iterator[Sequence]:
+        """Sequences from the state on, without moving it; `ahead` may put reading and tokenising into threads."""
+        blocks = itertools.chain.from_iterable(ahead(self._all_blocks(self.cursor)))
+        batches = ahead(self._tokenised(self._pieces(blocks, self.cursor), MOST_CHARACTERS))
+        return self._packed(with_ids(batches))
+
+    def _all_blocks(self, cursor: Cursor) -> Iterator[list[Block]]:
+        """One block at a time; the empty one that ends an epoch comes with the next, so that reading stays ahead."""
+        ended: list[Block] = []
+        while self.epochs is None or cursor.epoch < self.epochs:
+            for block in self.blocks.epoch(cursor):
+                yield [*ended, block]
+                ended = []
+            cursor = Cursor(cursor.epoch + 1)
+            ended.append(Block(cursor, []))
+        yield ended
+
+    def _pieces(self, blocks: Iterator[Block], cursor: Cursor) -> Iterator[Piece]:
+        """Segments of the documents in order, from the cursor's segment on, still untokenised."""
+        skipped: dict[str, int] = {}
+        for block in blocks:
+            if not block.rows:  # an epoch ends
+                yield Piece(block.start, self.encoder.separator[:0], skipped=skipped)
+                skipped = {}
+            first = cursor.document if block.start[:2] == cursor[:2] else 0
+            for index in range(first, len(block.rows)):
+                value, name = block.rows[index]
+                at = block.start._replace(document=index)
+                for number, segment in enumerate(self._segments(value, name, skipped)):
+                    if at[:6] == cursor[:6] and number < cursor.segment:
+                        continue
+                    ends = segment is self.encoder.separator
+                    yield Piece(at._replace(segment=number), segment, name, ends, skipped)
+                    skipped = {}
+
+    def _segments(self, value: Any, name: str, skipped: dict[str, int]) -> Iterable[Segment]:
+        try:
+            if isinstance(value, BadData):
+                raise value
+            try:
+                segments = self.encoder.segments(value)
+            except BadDocument as error:
+                raise BadData(f"{name}: {error} (--on_bad_data skip passes over it)") from error
+        except BadData as error:
+            if self.spec.on_bad_data == "error":
+                raise
+            log.warning("skipped: %s", error)
+            skipped["bad"] = skipped.get("bad", 0) + 1
+            return []
+        if segments == []:
+            skipped["skipped_empty"] = skipped.get("skipped_empty", 0) + 1
+        return segments
+
+    def _tokenised(self, pieces: Iterator[Piece], most: int) -> Iterator[Tokenised]:
+        """The pieces with their text tokenised, in batches of a growing number of characters."""
+        limit, waiting, characters = min(FIRST_CHARACTERS, most), [], 0
+        failure: Exception | None = None
+        try:
+            for piece in pieces:
+                waiting.append(piece)
+                characters += len(piece.ids)
+                if characters >= limit:
+                    yield self._encoded(waiting)
+                    waiting, characters, limit = [], 0, min(4 * limit, most)
+        except Exception as error:  # what came before it is given out first
+            failure = error
+        yield self._encoded(waiting)
+        if failure is not None:
+            raise failure
+
+    def _encoded(self, pieces: list[Piece]) -> Tokenised:
+        texts = [piece.ids for piece in pieces if isinstance(piece.ids, str)]
+        return pieces, self.encoder.encode(texts)
+
+    def _packed(self, pieces: Iterator[Piece]) -> Iterator[Sequence]:
+        """Cut the pieces' tokens into sequences."""
+        size, counters, draft = self.seq_length + 1, dict(self.counters), Draft()
+        skip, cursor = self.cursor.token, self.cursor
+        for piece in pieces:
+            for name, count in piece.skipped.items():
+                counters[name] += count
+            at, skip = skip, 0
+            while at < len(piece.ids):
+                taken = piece.ids[at : at + size - draft.length]
+                at += len(taken)
+                ended = piece.ends and at == len(piece.ids)
+                draft.add(taken, piece.name, ended)
+                counters["documents"] += ended
+                counters["tokens"] += len(taken)
+                if draft.length == size:
+                    yield draft.finish(size, piece.cursor._replace(token=at), dict(counters), self.encoder.separator)
+                    draft = Draft()
+            cursor = piece.cursor._replace(token=len(piece.ids))
+        if draft.length:
+            yield draft.finish(size, cursor, dict(counters), self.encoder.separator)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain python, a few hundred bytes whatever the source, the buffer or the position."""
+        return {
+            "version": self.spec.version,
+            "source": self.source.identity,
+            "commit": self.source.commit,
+            "order": [self.seed, self.spec.shuffle_buffer, self.spec.streaming],
+            "cursor": list(self.cursor),
+            "sequences": self.sequences,
+            "counters": dict(self.counters),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken, at any world size and batch size, and by the rules of its version.
+
+        Raises `UserError` when the files, the seed or the shuffling are others than then.
+        """
+        if state["version"] not in range(1, TEXT_VERSION + 1):
+            raise UserError(f"{self.spec.name}: the data state was saved by a newer version of this toolkit")
+        if state["version"] != self.spec.version:
+            self.spec = replace(self.spec, version=state["version"])
+            self.encoder = self._make_encoder(self.encoder.tokenizer)
+        if state["commit"] and state["commit"] != self.source.commit:
+            self.source = open_source(self.spec, state["commit"])
+            self.blocks = self._make_blocks()
+        if state["source"] != self.source.identity:
+            raise UserError(f"{self.spec.name}: its files are not those that the saved data state was taken with")
+        if list(state["order"]) != [self.seed, self.spec.shuffle_buffer, self.spec.streaming]:
+            raise UserError(
+                "the saved data state was taken with --seed, --shuffle_buffer, streaming = "
+                f"{tuple(state['order'])}, not {(self.seed, self.spec.shuffle_buffer, self.spec.streaming)}"
+            )
+        self.cursor = Cursor(*state["cursor"])
+        self.sequences, self.counters = state["sequences"], dict(state["counters"])
+
+
+class Draft:
+    """A sequence being filled."""
+
+    def __init__(self) -> None:
+        self.parts: list[np.ndarray] = []
+        self.length = 0
+        self.starts: list[int] = []  # where documents begin
+        self.names: list[str] = []
+        self.at_start = True
+
+    def add(self, ids: np.ndarray, name: str, ended: bool) -> None:
+        """Append tokens of one document; `ended` if the next ones are another document's."""
+        if self.at_start:
+            self.starts.append(self.length)
+            self.names.append(name)
+        self.parts.append(ids)
+        self.length += len(ids)
+        self.at_start = ended
+
+    def finish(self, size: int, cursor: Cursor, counters: dict[str, int], filler: np.ndarray) -> Sequence:
+        """The sequence, filled up to `size` tokens."""
+        tokens = np.concatenate([*self.parts, np.repeat(filler, size - self.length)]).astype(np.int64)
+        return Sequence(torch.from_numpy(tokens), self.length, self.starts, self.names, cursor, counters)
