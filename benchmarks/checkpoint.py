@@ -1,7 +1,7 @@
 """How long a checkpoint blocks training, how long it takes in all, and what a start costs that verifies it.
 
-    python benchmarks/checkpoint.py --size 135m                       # CPU
-    python benchmarks/checkpoint.py --size 8b --device cuda --folder /fast/disk --saves 3
+    python -m benchmarks.checkpoint --size 135m                       # CPU
+    python -m benchmarks.checkpoint --size 8b --device cuda --folder /fast/disk --saves 3
 
 Random weights in the shape of SmolLM2-135M or Llama-3.1-8B, with the state of a real optimizer after a step. The
 first save allocates the host's copies, later ones reuse them; `--freeze_mlp` shows what linked shards save. While
@@ -10,13 +10,11 @@ a checkpoint is written, small matrix products are timed in the main thread: wha
 
 import argparse
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # in place of this folder, whose files are named like modules
 
 import torch  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402

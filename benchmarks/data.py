@@ -1,11 +1,11 @@
 """Speed of the data loader against its tokenizer alone, and how long a training loop waits for data.
 
-    python benchmarks/data.py --tokenizer FOLDER [--data ../shared/data/fineweb_like/CC-MAIN-2014-49]
+    python -m benchmarks.data --tokenizer FOLDER [--data ../shared/data/fineweb_like/CC-MAIN-2014-49]
 
 Same text, same process, in turns: the tokenizer's own batch call on texts in memory before and after each pass of the
 loader, over parquet files and over the same text as JSONL.GZ. A loader's share is of the mean of the two tokenizer
 passes beside it. Then a consumer that takes 15,000 tokens/s, and the share of its time that it waits. Run it with two
-cores, `taskset -c 0,1 python benchmarks/data.py ...`; on a busy machine, many rounds over one file of `--data` tell
+cores, `taskset -c 0,1 python -m benchmarks.data ...`; on a busy machine, many rounds over one file of `--data` tell
 more than few over all.
 """
 
@@ -14,13 +14,11 @@ import gzip
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # in place of this folder, whose files are named like modules
 
 import pyarrow.parquet as pq  # noqa: E402
 

@@ -1,7 +1,7 @@
 """Generating with the student and the teacher at several lengths of context: speed, and what is remembered.
 
-python benchmarks/generate.py --preset 8b                                             random weights, on a GPU
-python benchmarks/generate.py --model .cache/SmolLM2-135M-Instruct --device cpu       a teacher, and its student
+python -m benchmarks.generate --preset 8b                                             random weights, on a GPU
+python -m benchmarks.generate --model .cache/SmolLM2-135M-Instruct --device cpu       a teacher, and its student
 
 One model after the other, batch 1, random tokens: a prefill of the context as `generate()` makes it (logits of the
 last token alone), then decoding greedily, each timed on its own (the device is waited for) as the median of
@@ -16,13 +16,10 @@ import gc
 import json
 import re
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import transformers

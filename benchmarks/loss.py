@@ -1,7 +1,7 @@
 """The distillation loss alone: time and extra memory of forward and backward, dense and chunked, in one process.
 
-python benchmarks/loss.py [--tokens 4096 --hidden 4096 --vocabulary 128256] [--chunks 512 1024] [--json FILE]
-python benchmarks/loss.py --device cpu --tokens 64 --hidden 32 --vocabulary 1000 --chunks 16   # does it run?
+python -m benchmarks.loss [--tokens 4096 --hidden 4096 --vocabulary 128256] [--chunks 512 1024] [--json FILE]
+python -m benchmarks.loss --device cpu --tokens 64 --hidden 32 --vocabulary 1000 --chunks 16   # does it run?
 
 Times are medians after a warm-up (CUDA events on a GPU). Extra memory is the peak above what is allocated before the
 call; the head gradient's own float32 buffer [vocabulary, hidden] is allocated before it.
@@ -10,13 +10,10 @@ call; the head gradient's own float32 buffer [vocabulary, hidden] is allocated b
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 

@@ -1,7 +1,7 @@
 """One optimizer step alone: time, bytes of state a parameter and extra memory, ways side by side in one process.
 
-python benchmarks/optimizer.py [--preset 8b] [--ways adamw8bit torch_bf16 ...] [--json FILE]
-python benchmarks/optimizer.py --device cpu --preset tiny   # does it run?
+python -m benchmarks.optimizer [--preset 8b] [--ways adamw8bit torch_bf16 ...] [--json FILE]
+python -m benchmarks.optimizer --device cpu --preset tiny   # does it run?
 
 adamw8bit, adamw and flashadamw are timed as the trainer calls them, norm and clipping included; `norm alone` says how
 much of that is the norm. torch_bf16 (which loses small updates) and torch_fp32 are torch's fused AdamW without any.
@@ -10,12 +10,9 @@ much of that is the norm. torch_bf16 (which loses small updates) and torch_fp32 
 import argparse
 import gc
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from loss import extra_peak, milliseconds, show

@@ -1,8 +1,8 @@
 """What distillation reaches for its tokens: a list of experiments, one after another, on one device.
 
-    python benchmarks/quality.py --train FOLDER --valid FILE --output runs/quality --only hand-0 hand-6
-    python benchmarks/quality.py --output runs/quality --device cuda:1 --only hand-3 hand-10  # beside it
-    python benchmarks/quality.py --output runs/quality --report  # table and plot alone
+    python -m benchmarks.quality --train FOLDER --valid FILE --output runs/quality --only hand-0 hand-6
+    python -m benchmarks.quality --output runs/quality --device cuda:1 --only hand-3 hand-10  # beside it
+    python -m benchmarks.quality --output runs/quality --report  # table and plot alone
 
 An experiment is a line of `quality.txt`: a name and flags of train.py, or `--tokens N` for another budget. Each is
 `train.main` in this process, so that imports, compiled layers and the judging teacher are there from the second one
@@ -24,7 +24,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from arguments import complain, parse_arguments, validate
 from utils import UserError
 
@@ -139,14 +138,14 @@ class Judge:
     def figures(self, folder: Path) -> dict[str, Any]:
         """Held-out figures over the whole file, and recall of student and teacher."""
         import evaluate
-        from evaluation import held_out
+        from evaluation.held_out import held_out_figures
         from hardware.parallel import Ranks
         from model_utils import get_student_model
         from run.text import held_out_batches
 
         student = get_student_model(str(folder), self.teacher, dtype=self.dtype, device=self.device).eval()
         batches = held_out_batches(self.args, self.valid, self.tokenizer, Ranks())
-        held_out = held_out.held_out_figures(student, self.teacher, batches, 2**62, self.device)
+        held_out = held_out_figures(student, self.teacher, batches, 2**62, self.device)
         recall = evaluate.recall_figures({"student": student}, self.tokenizer, self.args, self.device)
         return {
             "attention_layers": student.config.attention_layers,

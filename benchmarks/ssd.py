@@ -1,6 +1,6 @@
 """The state-space operator alone: times, memory and errors, compiled and eager, for several chunk sizes.
 
-python benchmarks/ssd.py [--length 4096] [--heads 32] [--groups 32] [--state 64] [--width 128] [--chunks 64 128 256]
+python -m benchmarks.ssd [--length 4096] [--heads 32] [--groups 32] [--state 64] [--width 128] [--chunks 64 128 256]
                          [--operator FILE] [--profile] [--json FILE]
 
 Times are medians after warm-up, by CUDA events on a GPU and by the clock elsewhere. On a GPU each is taken twice:
@@ -19,8 +19,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor

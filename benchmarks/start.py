@@ -1,7 +1,7 @@
 """How mixers should start: each choice's relative error against the attention, at the start and after some alignment.
 
-    python benchmarks/start.py --dataset_name text.jsonl.gz                                  # one GPU, 2 minutes
-    python benchmarks/start.py --dataset_name text.jsonl.gz --device cpu --dtype float32 --steps 0   # no training
+    python -m benchmarks.start --dataset_name text.jsonl.gz                                  # one GPU, 2 minutes
+    python -m benchmarks.start --dataset_name text.jsonl.gz --device cpu --dtype float32 --steps 0   # no training
 
 Every row starts from the same teacher, sees the same sequences in the same order and runs the "hidden" stage of
 train.py with its WSD schedule. Errors are means over layers of |mixer - attention| / |attention| on sequences that
@@ -10,12 +10,9 @@ are neither trained on nor calibrated on (as far as the text goes). Rows differ 
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import nn

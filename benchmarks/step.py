@@ -3,9 +3,9 @@
 Both models are built from configurations with random weights; the step is `trainer.run_stage`, with the flags of
 `train.py`. Each shape (length x batch) is a configuration of its own; one that fails is reported and passed over.
 
-python benchmarks/step.py --preset 8b --freeze_mlp --plain --seq_length 4096 8192 --json step.jsonl
-torchrun --standalone --nproc_per_node=2 benchmarks/step.py --preset 8b --freeze_mlp --parallel fsdp
-python benchmarks/step.py --preset 8b --stage hidden
+python -m benchmarks.step --preset 8b --freeze_mlp --plain --seq_length 4096 8192 --json step.jsonl
+torchrun --standalone --nproc_per_node=2 -m benchmarks.step --preset 8b --freeze_mlp --parallel fsdp
+python -m benchmarks.step --preset 8b --stage hidden
 Flags that are not listed by --help go to train.py's parser, such as --gradient_checkpointing or --optimizer; with
 --document_reset each shape is run without it and with it, on documents of 100 to 900 tokens. Under torchrun tokens
 and seconds are those of all ranks; with --teacher_device the teacher's part is what is waited for. A small pair's
@@ -26,9 +26,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-
-sys.path.remove(str(Path(__file__).resolve().parent))  # its names would hide others
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch.nn import functional as F

@@ -114,13 +114,14 @@ def run_script():
     """Run a top-level script in a process of its own; returns the CompletedProcess with text output."""
 
     def run(script: str, *flags: object, timeout: float = 300, env: dict[str, str] | None = None, cwd=None):
-        command = [sys.executable, str(ROOT / script), *map(str, flags)]
+        program = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
+        command = [sys.executable, *program, *map(str, flags)]
         return subprocess.run(
             command,
             capture_output=True,
             text=True,
             timeout=timeout,
-            cwd=cwd,
+            cwd=cwd or (None if script.endswith(".py") else ROOT),
             env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
         )
 

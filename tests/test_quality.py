@@ -23,7 +23,7 @@ def bench(tmp_path, tiny_teacher, documents, run_script):
 
     def call(*flags):
         return run_script(
-            "benchmarks/quality.py", "--teacher", tiny_teacher, "--train", sources["train"], "--valid",
+            "benchmarks.quality", "--teacher", tiny_teacher, "--train", sources["train"], "--valid",
             sources["heldout"], "--stage2", sources["conversations"], "--experiments", tmp_path / "list.txt",
             "--tokens", 1500, "--seq_length", 64, "--evaluations", 3, "--eval_tokens", 256, "--recall_pairs", 2,
             "--recall_rows", 2, "--device", "cpu", "--dtype", "float32", "--output", tmp_path / "out", *flags,

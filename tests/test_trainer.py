@@ -1,54 +1,14 @@
 """The loop: one normalisation for a whole step, no wait in a micro step, and what it tells."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
-from data import Batch
-from distill.distillation import DistillationStep, kd_micro_step
-from distill.forms import Progress, Stage
+from distill.distillation import kd_micro_step
+from distill.forms import Progress
 from distill.teacher import OwnTeacher
-from optim.build import build_optimizer
-from optim.schedule import build_schedule
-from test_model_utils import TEACHERS, make_student, make_teacher
+from helpers.stages import batches_of, make_stage
+from helpers.teachers import TEACHERS, make_student, make_teacher
 from trainer import Services, accumulate, run_stage, to_device, windows
-
-
-@dataclass
-class Batches:
-    """A loader's face over a list."""
-
-    items: list
-    waited_seconds: float = 0.0
-    position: int = 0
-
-    def __iter__(self):
-        while self.position < len(self.items):
-            self.position += 1
-            yield self.items[self.position - 1]
-
-    def state_dict(self):
-        return {"position": self.position}
-
-
-def batches_of(tokens, valid, size):
-    return [
-        Batch(tokens=tokens[i : i + size], valid=valid[i : i + size], position_ids=None, document_ids=[f"d{i}"])
-        for i in range(0, len(tokens), size)
-    ]
-
-
-def make_stage(teacher, student, batches, accumulation=1, steps=10, **options):
-    module = DistillationStep(student, teacher.lm_head.weight, **options)
-
-    own = OwnTeacher(teacher, torch.device("cpu"), every_layer=module.layer_weight > 0)
-    optimizer = build_optimizer("adamw", module, lr=1e-3, weight_decay=0.1)
-    rates = dict(max_lr=1e-3, min_lr=1e-5, warmup_ratio=0.1, decay_ratio=0.1)
-    schedule = build_schedule(optimizer, steps, **rates)
-    return Stage(
-        "stage1", Batches(batches), kd_micro_step(module, own), module, optimizer, schedule, steps, accumulation
-    )
 
 
 def test_one_times_eight_has_the_gradients_of_two_times_four():

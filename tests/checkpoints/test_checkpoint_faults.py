@@ -194,6 +194,9 @@ def test_killed_before_each_operation_on_the_file_system(tmp_path, atomic):
     assert states[-1] == 3
 
 
+HERE = Path(__file__).parent
+
+
 def save_and_leave(folder: str) -> None:
     torch.set_num_threads(1)
     model = LlamaForCausalLM(tiny_llama_config(num_hidden_layers=1))
@@ -204,7 +207,10 @@ def save_and_leave(folder: str) -> None:
 
 def test_a_process_that_ends_without_waiting_finishes_its_checkpoint(tmp_path):
     code = f"from test_checkpoint_faults import *; save_and_leave({str(tmp_path)!r})"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, [ROOT, ROOT / "tests", HERE])),
+    }
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1, done.stderr
     assert names_in(tmp_path) == ["checkpoint-1"]

@@ -13,10 +13,10 @@ from distill.teacher import OwnTeacher
 from hardware.memory import estimate_memory
 from hardware.parallel import Ranks, choose_parallel
 from helpers import runs
+from helpers.stages import batches_of, make_stage
+from helpers.teachers import TEACHERS, make_student, make_teacher
 from model_utils import teacher_hidden
 from optim.muon import STACKED
-from test_model_utils import TEACHERS, make_student, make_teacher
-from test_trainer import batches_of, make_stage
 from trainer import accumulate, to_device
 from utils import UserError
 

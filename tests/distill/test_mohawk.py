@@ -15,8 +15,8 @@ from distill.forms import DeviceBatch
 from distill.initialization import attend, attention_matrix, finish, visit_layers
 from distill.mohawk import AlignmentStep, hidden_loss, matrix_loss, trained_mixers
 from helpers import runs
+from helpers.teachers import TEACHERS, make_student, make_teacher
 from models.modeling_llamba import AttentionInputs
-from test_model_utils import TEACHERS, make_student, make_teacher
 
 PROBE = torch.arange(60).view(3, 20)
 

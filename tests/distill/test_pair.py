@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distill.distillation import kd_micro_step
 from distill.losses import chunked_kd_loss
 from distill.teacher import OwnTeacher
+from helpers.stages import batches_of, make_stage
+from helpers.teachers import TEACHERS, make_student, make_teacher
 from optim.step import clip_and_step
-from test_model_utils import TEACHERS, make_student, make_teacher
-from test_trainer import batches_of, make_stage
 from trainer import feed
 
 WINDOW = 4  # micro steps of an optimizer step

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import TextStreamer
 
-from test_model_utils import TEACHERS, make_student, make_teacher
+from helpers.teachers import TEACHERS, make_student, make_teacher
 
 
 @pytest.fixture(scope="module", params=["grouped queries", "mistral, sliding", "qwen3"])

@@ -486,7 +486,7 @@ def test_the_norm_of_the_step_before_is_saved():
 def test_benchmark_of_the_step_on_the_cpu(run_script, tmp_path):
     out = tmp_path / "step.jsonl"
     result = run_script(
-        "benchmarks/step.py", "--preset", "tiny", "--device", "cpu", "--dtype", "float32", "--seq_length", 64,
+        "benchmarks.step", "--preset", "tiny", "--device", "cpu", "--dtype", "float32", "--seq_length", 64,
         "--steps", 3, "--warmup", 1, "--plain", "--document_reset", "--freeze_mlp", "--json", out,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -501,7 +501,7 @@ def test_benchmark_of_the_step_on_the_cpu(run_script, tmp_path):
 
 def test_benchmark_reports_what_fails_and_goes_on(run_script):
     result = run_script(
-        "benchmarks/step.py", "--preset", "tiny", "--device", "cpu", "--dtype", "float32", "--teacher_fp8",
+        "benchmarks.step", "--preset", "tiny", "--device", "cpu", "--dtype", "float32", "--teacher_fp8",
         "--seq_length", 64, "--steps", 2,
     )  # fmt: skip
     assert result.returncode != 0 and "--teacher_fp8 needs a CUDA device" in result.stdout + result.stderr

@@ -63,6 +63,13 @@ def flags(teacher: Path, sources: dict[str, Path], output: Path, **changes: Any)
     return line
 
 
+def bits(folder: Path) -> dict[str, bytes]:
+    """Every tensor of a folder's weights as its bytes, by name."""
+    import torch
+
+    return {name: tensor.view(torch.uint8).numpy().tobytes() for name, tensor in weights(folder).items()}
+
+
 def copy_up_to(output: Path, checkpoint: str, copy: Path) -> None:
     """A copy of a run's folder as it was when `checkpoint` was its newest; no other is kept."""
     shutil.copytree(output, copy)

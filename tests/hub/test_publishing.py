@@ -13,8 +13,8 @@ from huggingface_hub import ModelCard
 
 from checkpoints.model_card import model_card
 from helpers.hub_server import LoopbackHub
+from helpers.teachers import TEACHERS, make_student, make_teacher
 from model_utils import get_student_model
-from test_model_utils import TEACHERS, make_student, make_teacher
 
 PUSH = """
 import sys

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 import arguments
 from distill.initialization import calibrate_mixers, start_mixer, student_config, student_from_teacher, visit_layers
 from hardware.memory import estimate_memory
+from helpers.teachers import SIZES, TEACHERS, make_student, make_teacher
 from model_utils import (
     DROPPED,
     SUPPORTED_TEACHERS,
@@ -22,7 +23,6 @@ from model_utils import (
     transfer_teacher_weights,
 )
 from models import LlambaConfig, LlambaForCausalLM
-from test_model_utils import SIZES, TEACHERS, make_student, make_teacher
 
 
 def sizes(width, mlp, layers, heads, kv, vocabulary, positions, tied=False, **rest):

@@ -12,10 +12,10 @@ from safetensors import safe_open
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from helpers.teachers import TEACHERS, make_student, make_teacher
 from models import LlambaConfig, LlambaForCausalLM, LlambaMixer
 from models.modeling_llamba import LlambaRMSNorm
 from models.state_space import ssd_matrix
-from test_model_utils import TEACHERS, make_student, make_teacher
 
 
 def make_config(**changes):

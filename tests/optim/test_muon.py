@@ -4,17 +4,17 @@ import copy
 
 import pytest
 import torch
-from test_optimizer import step_alike
 from torch import nn
 
 from arguments import parse_arguments
 from hardware.parallel import Ranks, choose_parallel
 from helpers import runs
+from helpers.teachers import TEACHERS, make_student, make_teacher
+from helpers.updates import step_alike
 from optim.build import build_optimizer, muon_groups
 from optim.masters import join_master
 from optim.muon import COEFFICIENTS, ITERATIONS, MOMENTUM, SIZE, Muon, orthogonalised
 from optim.step import clip_and_step
-from test_model_utils import TEACHERS, make_student, make_teacher
 from utils import UserError
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.updates import step_alike
 from optim.adamw8bit import AdamW8bit
 from optim.build import build_optimizer, parameter_groups
 from optim.masters import join_master, split_master
@@ -97,16 +98,6 @@ def test_a_closure_is_called(name):
         return loss
 
     assert optimizer.step(closure) > 0 and not torch.equal(module.weight, before)
-
-
-def step_alike(module, ours, twin, theirs):
-    """Five updates of a module and its twin, each by its own optimizer, with the same gradients."""
-    for _ in range(5):
-        for p, q in zip(module.parameters(), twin.parameters()):
-            p.grad = torch.randn_like(p)
-            q.grad = p.grad.clone()
-        ours.step()
-        theirs.step()
 
 
 def test_adamw_is_torchs():

@@ -26,6 +26,8 @@ configs:
 CHARACTERS = 2500  # a document
 CHANGES = dict(seq_length=128, batch_size=4, max_steps=STEPS, second_dataset_name="", log_interval=10, seed=SEED)
 
+SCRIPT = "tests/helpers/train_little_ahead.py"
+
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory, documents):
@@ -70,7 +72,7 @@ def train(hub, tmp_path_factory, run_script):
     shared = tmp_path_factory.getbasetemp() / "hub-home"
 
     def run(output, home=shared, **changes):
-        return run_script("tests/train_little_ahead.py", *command(output, **changes), env=hub.environment(home))
+        return run_script(SCRIPT, *command(output, **changes), env=hub.environment(home))
 
     yield run
     hub.faults.clear()
@@ -80,7 +82,7 @@ def train(hub, tmp_path_factory, run_script):
 def undisturbed(hub, tmp_path_factory, run_script):
     """The same run over a network without faults, and with caches of its own."""
     output, home = tmp_path_factory.mktemp("undisturbed") / "run", tmp_path_factory.mktemp("home")
-    done = run_script("tests/train_little_ahead.py", *command(output), env=hub.environment(home))
+    done = run_script(SCRIPT, *command(output), env=hub.environment(home))
     assert done.returncode == 0, done.stderr[-2000:]
     assert "trying again" not in done.stdout + done.stderr
     return output

@@ -11,8 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from conftest import ROOT
 from helpers import runs
@@ -37,11 +35,6 @@ def wait_for(log: Path, pattern: str, process: subprocess.Popen, start_at: int =
             return
         time.sleep(0.01)
     assert process.poll() is not None, f"{pattern} did not come in {timeout} s:\n{log.read_text()[-2000:]}"
-
-
-def weights(folder: Path) -> dict[str, bytes]:
-    files = sorted((folder / "final").glob("*.safetensors"))
-    return {name: t.view(torch.uint8).numpy().tobytes() for file in files for name, t in load_file(file).items()}
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +86,7 @@ def test_alignment_stages_killed_at_random_moments(tmp_path, tiny_teacher, sourc
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, log.read_text()[-2000:]
     assert start(argv, log).wait(timeout=200) == 0, log.read_text()[-2000:]
-    assert weights(tmp_path / "run") == weights(whole)
+    assert runs.bits(tmp_path / "run" / "final") == runs.bits(whole / "final")
     rows, others = ([row for row in runs.metrics(run) if "train/loss" in row] for run in (tmp_path / "run", whole))
     assert [row["stage"] for row in rows] == ["matrix"] * 6 + ["hidden"] * 6 + ["stage1"] * 2
     for row, other in zip(rows, others, strict=True):
@@ -109,7 +102,7 @@ def test_alignment_stages_killed_at_random_moments(tmp_path, tiny_teacher, sourc
 
 def compare_and_clear(output: Path, uninterrupted: Path) -> int:
     assert runs.losses(output) == runs.losses(uninterrupted)
-    assert weights(output) == weights(uninterrupted)
+    assert runs.bits(output / "final") == runs.bits(uninterrupted / "final")
     shutil.rmtree(output)
     return 1
 
@@ -126,7 +119,7 @@ def test_a_signal_saves_and_exits_with_128_plus_n(tmp_path, tiny_teacher, source
     assert list((tmp_path / "run").glob("checkpoint-*"))
     assert start(argv, log).wait(timeout=200) == 0
     assert runs.losses(tmp_path / "run") == runs.losses(uninterrupted)
-    assert weights(tmp_path / "run") == weights(uninterrupted)
+    assert runs.bits(tmp_path / "run" / "final") == runs.bits(uninterrupted / "final")
 
 
 def test_a_signal_cuts_a_long_evaluation_short(tmp_path, tiny_teacher, sources):
@@ -209,4 +202,4 @@ def test_on_a_gpu_with_deterministic_kernels_it_resumes_bit_for_bit(tmp_path, ti
     assert process.wait() == -signal.SIGKILL, "it had ended before it was killed"
     assert start(argv, log).wait(timeout=200) == 0, log.read_text()[-2000:]
     assert runs.losses(tmp_path / "run") == runs.losses(tmp_path / "whole")
-    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+    assert runs.bits(tmp_path / "run" / "final") == runs.bits(tmp_path / "whole" / "final")

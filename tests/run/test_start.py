@@ -20,7 +20,7 @@ from distill.initialization import (
     visit_layers,
 )
 from helpers import runs
-from test_model_utils import TEACHERS, make_student, make_teacher
+from helpers.teachers import TEACHERS, make_student, make_teacher
 
 sys.path.insert(0, str(ROOT))
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import data
+from conftest import ROOT
 from data import BadData, PackedTextDataset, SourceSpec, build_loader, estimate_steps_per_epoch, estimate_tokens
 from text.packing import draw_order
 from utils import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 LENGTH = 32
 

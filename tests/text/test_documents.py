@@ -1,16 +1,15 @@
 """Documents and conversations as tokens: special names stay text, splitting changes nothing, templates are kept."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from conftest import ROOT
 from text import documents as module
 from text.documents import BadDocument, DocumentEncoder, find_boundary, match_contents, plain_backend, split_text
 from utils import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from conftest import ROOT
 from helpers.hub_server import LoopbackHub
 from hub.hub_files import is_transient
 from text import row_readers
@@ -18,7 +19,6 @@ from text.row_readers import BadData, TextFile
 from text.text_sources import SourceSpec, find_files, load_table, open_source
 from utils import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 TEXTS = [f"Document number {number} of some." for number in range(50)]
 
 
