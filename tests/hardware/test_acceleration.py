@@ -127,7 +127,7 @@ def test_a_failure_to_compile_is_one_warning_and_eager_goes_on(caplog):
     compile_layers(student, backend=broken)
     with caplog.at_level(logging.WARNING):
         assert not compiles_here("a layer", lambda: gradients(student, tokens()))
-    lines = [record.getMessage() for record in caplog.records if record.name == "acceleration"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "hardware.compilation"]
     assert len(lines) == 1 and "running it eagerly" in lines[0] and "\n" not in lines[0]
     uncompile_layers(student)
     found = gradients(student, tokens())
