@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from arguments import FROM_TEACHER
+from checkpoints.origins import Origins
 from distill.initialization import student_config
 from distill.teacher import TeacherNeed, teacher_need
 from hardware import parallel
@@ -18,7 +19,6 @@ from hardware.parallel import Ranks
 from hub.model_files import fetch_model
 from model_utils import check_layers, check_pair, check_teacher_config, get_tokenizer, is_distilled, load_config
 from models import LlambaConfig
-from origins import Origins
 from run.text import RunText
 from utils import UserError, check_device
 

@@ -14,6 +14,7 @@ import torch
 from arguments import read_prompts
 from checkpoints.files import distinct_weights
 from checkpoints.model_card import model_card
+from checkpoints.origins import Origins
 from checkpoints.run_state import changed_flags, read_metadata, read_trainer_state, rng_state, set_rng_state
 from checkpoints.store import CheckpointStore
 from distill.forms import DeviceBatch, Progress, Stage
@@ -25,7 +26,6 @@ from hardware.memory import MemoryEstimate, estimate_memory, oom_advice
 from hardware.parallel import Ranks, copy_rows, is_sharded, own_optimizer_state, whole_optimizer_state, whole_weights
 from hub.hub_files import DataStreamLost
 from model_utils import frozen_names, load_config
-from origins import Origins
 from plot_metrics import plot_runs
 from run.build import Models
 from run.plan import sequences_a_step

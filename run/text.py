@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from checkpoints.origins import Origins
 from data import SourceSpec, TextLoader, build_loader, estimate_steps_per_epoch
 from hardware.parallel import Ranks
-from origins import Origins
 from run.plan import planned_steps, sequence_length, sequences_a_step
 from text.text_sources import TEXT_VERSION
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import train
+from checkpoints.origins import Origins
 from data import SourceSpec, build_loader
 from evaluation.diagnostics import continuations
 from evaluation.recall import RecallRow, recall_accuracy
 from helpers import runs
-from origins import Origins
 from text import documents as module
 from text.documents import DocumentEncoder
 from text.text_sources import TEXT_VERSION
