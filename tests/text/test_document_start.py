@@ -5,7 +5,6 @@ import itertools
 import json
 import shutil
 
-import checkpoint_tools
 import pytest
 import torch
 
@@ -14,7 +13,7 @@ from checkpoints.origins import Origins
 from data import SourceSpec, build_loader
 from evaluation.diagnostics import continuations
 from evaluation.recall import RecallRow, recall_accuracy
-from helpers import runs
+from helpers import checkpoint_tools, runs
 from text import documents as module
 from text.documents import DocumentEncoder
 from text.text_sources import TEXT_VERSION
