@@ -148,6 +148,7 @@ def own_figures(args: argparse.Namespace) -> dict[str, Any]:
     """Held-out figures, recall and speed: text and sizes are looked at before any weight is loaded."""
     import torch
 
+    from hardware.devices import check_device
     from hardware.parallel import Ranks
     from hub.model_files import fetch_model
     from model_utils import (
@@ -160,7 +161,6 @@ def own_figures(args: argparse.Namespace) -> dict[str, Any]:
     )
     from models import LlambaConfig
     from run.text import held_out_batches
-    from utils import check_device
 
     where = check_device(args.device)
     for flag, name in (("--teacher", args.teacher), ("--student", args.student)):

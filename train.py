@@ -51,6 +51,7 @@ def leave_at_once(status: int) -> None:
 def distill(args: argparse.Namespace, ranks: Any) -> int:
     """Check -> build -> stages -> close."""
     from checkpoints.lock import RunLock
+    from hardware.devices import enable_determinism, seed_everything
     from run.build import build_models
     from run.inputs import check_devices, check_inputs
     from run.plan import stage_names
@@ -58,7 +59,7 @@ def distill(args: argparse.Namespace, ranks: Any) -> int:
     from run.signals import StopSignals
     from run.stages import build_stage
     from trainer import run_stage
-    from utils import enable_determinism, seed_everything, setup_logging
+    from utils import setup_logging
 
     setup_logging(args.log_file, rank=ranks.rank)
     devices = ranks.together(lambda: check_devices(args, ranks))

@@ -1,18 +1,14 @@
-"""Environment, logging and tracking: devices, seeds, log lines, metrics.jsonl and W&B behind one face."""
+"""Small things that everything may use, without torch: the user's error, log lines, masked secrets, formats."""
 
 import contextlib
 import importlib.metadata
 import logging
 import math
 import os
-import random
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import torch
 
 log = logging.getLogger(__name__)
 
@@ -122,45 +118,6 @@ def setup_logging(log_file: str | None, *, rank: int = 0) -> None:
     sys.excepthook = lambda *error: log.critical("ended by an unexpected error", exc_info=error)
     for noisy in ("httpx", "httpx2", "urllib3", "filelock", "fsspec", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-
-
-def check_device(name: str) -> torch.device:
-    """The device, or a `UserError` that says which CUDA devices there are."""
-    device = torch.device(name)
-    if device.type != "cuda":
-        return device
-    count = torch.cuda.device_count()
-    if (device.index or 0) >= count:
-        there = f"cuda:0 to cuda:{count - 1}" if count else "none; use --device cpu"
-        raise UserError(f"--device {name}: this machine has no such CUDA device (there: {there})")
-    return device
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch on every device."""
-    import numpy
-
-    random.seed(seed)
-    numpy.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def enable_determinism() -> None:
-    """Deterministic GPU kernels, so that a run repeats bit for bit on the same card."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = False
-
-
-@contextlib.contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """New floating tensors, a model's parameters among them, are made in `dtype`."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def library_versions() -> dict[str, str]:

@@ -24,8 +24,8 @@ from checkpoints.folder_checks import check_folder  # noqa: E402
 from checkpoints.host_copies import available_memory  # noqa: E402
 from checkpoints.run_state import read_trainer_state, rng_state  # noqa: E402
 from checkpoints.store import CheckpointStore  # noqa: E402
+from hardware.devices import default_dtype  # noqa: E402
 from optim.build import build_optimizer  # noqa: E402
-from utils import default_dtype  # noqa: E402
 
 SIZES = {
     "tiny": dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4),

@@ -27,9 +27,9 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.presets import preset
 from distill.initialization import student_config
+from hardware.devices import default_dtype
 from model_utils import load_config
 from models import LlambaForCausalLM
-from utils import default_dtype
 
 
 def parse() -> argparse.Namespace:

@@ -120,8 +120,8 @@ class Judge:
 
     def __init__(self, bench: argparse.Namespace):
         import evaluate
+        from hardware.devices import check_device
         from model_utils import get_teacher_model, get_tokenizer
-        from utils import check_device
 
         pairs = ["--recall_pairs", *map(str, bench.recall_pairs)]
         self.args = evaluate.parse(

@@ -20,12 +20,12 @@ from torch import nn
 import arguments
 from distill.forms import Progress
 from distill.initialization import SILU_IS_ONE, calibrate_mixers, student_from_teacher, visit_layers
+from hardware.devices import seed_everything
 from hardware.parallel import Ranks
 from model_utils import get_teacher_model, get_tokenizer
 from run import build, stages
 from run.text import RunText
 from trainer import Services, run_stage
-from utils import seed_everything
 
 # What the rows of a long memory share; the first is what train.py does. gate: (z_bias, deviation of its weights)
 LONG: dict[str, Any] = {"half_lives": (64.0, 64.0), "per_head": False}

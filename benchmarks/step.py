@@ -37,6 +37,7 @@ from benchmarks.profiling import host_waits, kernel_table
 from data import Batch
 from distill.forms import DeviceBatch, Progress, Stage
 from distill.losses import dense_kd_loss
+from hardware.devices import default_dtype
 from hardware.memory import MemoryEstimate
 from hardware.parallel import Ranks, choose_parallel, launched
 from hardware.recomputation import set_activation_checkpointing
@@ -47,7 +48,6 @@ from run import build, inputs, stages
 from run.acceleration import accelerate, compiles
 from run.text import RunText
 from trainer import Services, run_stage
-from utils import default_dtype
 
 GIB = 2**30
 RESET = "ours, --document_reset"

@@ -19,12 +19,12 @@ from arguments import auto_layers
 from distill.losses import CHUNK_LOGITS_COMPILED, CHUNK_LOGITS_EAGER, PARTS_COMPILED
 from distill.teacher import TeacherNeed
 from hardware.activation_bytes import saved_bytes
+from hardware.devices import default_dtype
 from hardware.recomputation import MODES, set_activation_checkpointing
 from model_utils import freeze
 from models import LlambaConfig, LlambaForCausalLM
 from optim.muon import STACKED
 from run.acceleration import compiles
-from utils import default_dtype
 
 GIB = 2**30
 CONTEXT = 0.6 * GIB  # kernels and libraries loaded on first use, outside torch's allocator

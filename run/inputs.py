@@ -14,13 +14,14 @@ from checkpoints.origins import Origins
 from distill.initialization import student_config
 from distill.teacher import TeacherNeed, teacher_need
 from hardware import parallel
+from hardware.devices import check_device
 from hardware.memory import GIB, MemoryEstimate, estimate_memory
 from hardware.parallel import Ranks
 from hub.model_files import fetch_model
 from model_utils import check_layers, check_pair, check_teacher_config, get_tokenizer, is_distilled, load_config
 from models import LlambaConfig
 from run.text import RunText
-from utils import UserError, check_device
+from utils import UserError
 
 log = logging.getLogger(__name__)
 

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from conftest import ROOT
+from hardware.devices import check_device
 from plot_metrics import read_metrics
 from run.tracking import Tracker
-from utils import UserError, check_device, library_versions
+from utils import UserError, library_versions
 
 
 def test_devices():
