@@ -70,7 +70,7 @@ def check_inputs(
         log.info("estimated peak of a step: %s; free %.1f of %.1f GiB", estimate.describe(), free / GIB, total / GIB)
     if way in ("ddp", "fsdp"):
         log.info("%d ranks, %s", ranks.world_size, "replicated" if way == "ddp" else "sharded")
-    text = RunText(args, get_tokenizer(args.teacher_model, local_files_only=True), ranks)
+    text = RunText(args, get_tokenizer(args.teacher_model, local_files_only=True), ranks, origins)
     return Inputs(text, estimate, need, way)
 
 
