@@ -135,7 +135,7 @@ def build_parser() -> Parser:
     add(
         "--dataset_subset",
         default="CC-MAIN-2014-49",
-        help="configuration on the hub, subfolder of a folder; '' for none",
+        help="configuration on the hub, subfolder of a folder; '' for none, as by default where a local one lacks it",
     )
     add("--dataset_split", default="train", help="split")
     add("--dataset_revision", default=None, help="commit, tag or branch on the hub")
@@ -155,6 +155,8 @@ def build_parser() -> Parser:
     add("--second_dataset_tokens", type=whole(1), default=200_000_000, help="tokens an epoch of stage 2")
     add("--second_dataset_text_field", default="text", help="column with plain text, if there is one")
     add("--second_dataset_split", default="train", help="split")
+    add("--second_dataset_subset", default="", help="configuration on the hub, subfolder of a folder; '' for none")
+    add("--second_dataset_revision", default=None, help="commit, tag or branch on the hub")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--max_steps", type=whole(1), default=100_000, help="optimizer steps of stage 1")
@@ -279,7 +281,19 @@ RESULT_FLAGS = frozenset(action.dest for action in build_parser()._actions if ac
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse command-line flags; a wrong one is one line on stderr and exit status 2."""
-    return build_parser().parse_args(argv)
+    parser = build_parser()
+    parser.set_defaults(dataset_subset=None)
+    args = parser.parse_args(argv)
+    if args.dataset_subset is None:
+        args.dataset_subset = default_subset(args.dataset_name)
+    return args
+
+
+def default_subset(name: str) -> str:
+    """FineWeb-Edu's default subset, but none of a local file, or of a local folder that does not have it."""
+    path, subset = Path(name).expanduser(), str(build_parser().get_default("dataset_subset"))
+    there = not path.exists() or (path / subset).is_dir() or (path / "data" / subset).is_dir()
+    return subset if there else ""
 
 
 def validate(args: argparse.Namespace) -> None:

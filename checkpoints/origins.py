@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from text.text_sources import TEXT_VERSION
+from text.text_sources import TEXT_VERSION, has_subset
 
 
 @dataclass
@@ -20,3 +20,13 @@ class Origins:
     def as_metadata(self) -> dict[str, Any]:
         """The entries of `training_state.json`."""
         return {"text_version": self.text_version}
+
+
+def flags_as_made(metadata: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's flags, with what they meant when a subset that a local source does not have meant none."""
+    flags = metadata["flags"]
+    if Origins.recorded(metadata).text_version > 1 or has_subset(
+        flags.get("dataset_name", ""), flags.get("dataset_subset", "")
+    ):
+        return flags
+    return {**flags, "dataset_subset": ""}

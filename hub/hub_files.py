@@ -26,6 +26,7 @@ TRANSIENT_STATUS = {408, 425, 429}
 HF_URL = re.compile(r"hf://datasets/(?P<repo>[^@]+)@(?P<commit>[^/]+)/(?P<path>.+)")
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds
 READ_AHEAD = 1 << 22  # bytes of one range request when a file is read from front to back
+PATHS_A_REQUEST = 500  # files whose sizes are asked for at once
 LARGEST_RANGE = 1 << 24  # bytes; larger reads are split, so that a fault costs little
 
 
@@ -240,25 +241,39 @@ class HubListing:
     repo: str
     commit: str
     paths: list[str]
+    sizes: dict[str, int]  # bytes by path
 
 
-def list_hub_files(name: str, subset: str, split: str, revision: str | None, patience: Patience) -> HubListing:
+def list_hub_files(
+    name: str, subset: str, split: str, revision: str | None, patience: Patience, flag: str = "--dataset"
+) -> HubListing:
     """The data files of a Hub dataset, as the `datasets` library finds them (README configurations included).
 
     A subset that is no configuration of the repository may be a folder of it, also under data/. Raises
     `UserError` for a repository, revision, subset or split that is not there, or access that is not given.
     """
-    data_files = patience.call(f"listing {name}", lambda: _data_files(name, subset, revision))
+    data_files = patience.call(f"listing {name}", lambda: _data_files(name, subset, revision, flag))
     if split not in data_files:
-        raise UserError(f"--dataset_split {split}: {name} has {', '.join(map(str, data_files)) or 'none'}")
+        raise UserError(f"{flag}_split {split}: {name} has {', '.join(map(str, data_files)) or 'none'}")
     matches = [HF_URL.fullmatch(str(url)) for url in data_files[split]]
     if not matches or None in matches:
         raise UserError(f"{name}: no readable data files in split {split}")
     found = [match for match in matches if match is not None]
-    return HubListing(found[0]["repo"], found[0]["commit"], sorted(match["path"] for match in found))
+    repo, commit, paths = found[0]["repo"], found[0]["commit"], sorted(match["path"] for match in found)
+    sizes = patience.call(f"sizes of {name}'s files", lambda: _sizes(repo, commit, paths))
+    return HubListing(repo, commit, paths, sizes)
 
 
-def _data_files(name: str, subset: str, revision: str | None) -> dict[Any, list[str]]:
+def _sizes(repo: str, commit: str, paths: list[str]) -> dict[str, int]:
+    from huggingface_hub import HfApi, RepoFile
+
+    parts = [paths[at : at + PATHS_A_REQUEST] for at in range(0, len(paths), PATHS_A_REQUEST)]
+    where: Any = dict(revision=commit, repo_type="dataset")
+    infos = [info for part in parts for info in HfApi().get_paths_info(repo, part, **where)]
+    return {info.path: info.size for info in infos if isinstance(info, RepoFile)}
+
+
+def _data_files(name: str, subset: str, revision: str | None, flag: str) -> dict[Any, list[str]]:
     from datasets import load_dataset_builder
     from datasets.exceptions import DatasetNotFoundError
 
@@ -279,7 +294,7 @@ def _data_files(name: str, subset: str, revision: str | None) -> dict[Any, list[
             raise ConnectionError(f"the Hub did not say what files {name} has")
         return builder.config.data_files
     assert first is not None
-    raise UserError(f"{name}, --dataset_subset {subset or '(none)'}: {' '.join(str(first).split())[:400]}") from first
+    raise UserError(f"{name}, {flag}_subset {subset or '(none)'}: {' '.join(str(first).split())[:400]}") from first
 
 
 def cached_files(name: str, subset: str, split: str, revision: str | None) -> tuple[Path | None, list[str]]:

@@ -14,7 +14,7 @@ import torch
 from arguments import read_prompts
 from checkpoints.files import distinct_weights
 from checkpoints.model_card import model_card
-from checkpoints.origins import Origins
+from checkpoints.origins import Origins, flags_as_made
 from checkpoints.run_state import changed_flags, read_metadata, read_trainer_state, rng_state, set_rng_state
 from checkpoints.store import CheckpointStore
 from distill.forms import DeviceBatch, Progress, Stage
@@ -80,7 +80,7 @@ class Session:
         before = sequences_a_step(metadata["flags"], metadata.get("ranks", 1))
         now = sequences_a_step(vars(self.args), self.ranks.world_size)
         same_batch = ("batch_size", "grad_accumulation_steps") if before == now else ()
-        changed = changed_flags(metadata["flags"], vars(self.args), ignore=same_batch)
+        changed = changed_flags(flags_as_made(metadata), vars(self.args), ignore=same_batch)
         if changed and not self.args.resume_force:
             raise UserError(
                 f"--resume: {folder} was made with other flags: {'; '.join(changed)} "

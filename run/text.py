@@ -30,7 +30,10 @@ class RunText:
 
     def loader(self, name: str) -> TextLoader:
         """This rank's loader of a stage; raises `UserError` if the source or its columns are not there or empty."""
-        return self._loader(name, self.ranks)
+        loader = self._loader(name, self.ranks)
+        source = loader.dataset.source
+        log.info("%s reads %s: %s files of %s bytes", name, source.name, f"{len(source.files):,}", f"{source.size:,}")
+        return loader
 
     def _loader(self, name: str, ranks: Ranks) -> TextLoader:
         args = self.args
@@ -60,7 +63,10 @@ class RunText:
         if name == "stage2":
             return SourceSpec(
                 name=args.second_dataset_name,
+                flag="--second_dataset",
+                subset=args.second_dataset_subset,
                 split=args.second_dataset_split,
+                revision=args.second_dataset_revision,
                 text_field=args.second_dataset_text_field,
                 **shared,
             )

@@ -48,6 +48,7 @@ class SourceSpec:
     on_bad_data: str = "error"  # or "skip"
     network_patience: float = 600.0  # seconds
     chat: bool | None = None  # None: conversations where there is no text column
+    flag: str = "--dataset"  # what the flags that say this begin with, for messages
     version: int = TEXT_VERSION  # of the rules from files to tokens; a resumed run keeps its own
 
 
@@ -58,6 +59,7 @@ class TextSource:
     name: str
     files: list[TextFile]
     identity: str  # the same as long as the files are
+    size: int = 0  # bytes of all files as stored
     commit: str | None = None  # of a Hub dataset
     column: str = "text"
     chat: bool = False
@@ -83,8 +85,8 @@ class TextSource:
 def open_source(spec: SourceSpec, commit: str | None = None) -> TextSource:
     """Find the files and the column of a source.
 
-    `commit` pins a Hub dataset to the commit of a saved state. Raises `UserError` for a source, split or column
-    that is not there, an empty source, and under `local_files_only` for what the caches lack; `DataStreamLost`
+    `commit` pins a Hub dataset to the commit of a saved state. Raises `UserError` for a source, subset, split or
+    column that is not there, an empty source, and under `local_files_only` for what the caches lack; `DataStreamLost`
     when the network stays away for longer than the patience.
     """
     source = find_files(spec, commit)
@@ -99,21 +101,24 @@ def find_files(spec: SourceSpec, commit: str | None = None) -> TextSource:
     patience = Patience(spec.network_patience)
     path = Path(spec.name).expanduser()
     if path.exists():
-        files = local_files(path, spec.subset, spec.split)
-        return TextSource(spec.name, files, identity_of(files), patience=patience)
+        return _local_source(spec, local_files(path, spec.subset, spec.split, spec.flag), patience)
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", spec.name):
         raise UserError(f"{spec.name}: no such file or folder, nor a name of a Hub dataset")
     from huggingface_hub import constants
 
     if spec.local_files_only or constants.HF_HUB_OFFLINE:
-        files = files_from_caches(spec)
-        return TextSource(spec.name, files, identity_of(files), patience=patience)
-    listing = list_hub_files(spec.name, spec.subset, spec.split, commit or spec.revision, patience)
+        return _local_source(spec, files_from_caches(spec), patience)
+    listing = list_hub_files(spec.name, spec.subset, spec.split, commit or spec.revision, patience, spec.flag)
     files = [_hub_file(listing.repo, listing.commit, path, patience) for path in listing.paths if data_format(path)]
     if not files:
         raise UserError(f"{spec.name}: its files ({listing.paths[0]}, ...) are not parquet or JSON")
     log.info("%s: %d files at commit %s", spec.name, len(files), listing.commit[:12])
-    return TextSource(spec.name, files, identity_of(files), listing.commit, patience=patience)
+    size = sum(listing.sizes.get(file.name, 0) for file in files)
+    return TextSource(spec.name, files, identity_of(files), size, listing.commit, patience=patience)
+
+
+def _local_source(spec: SourceSpec, files: list[TextFile], patience: Patience) -> TextSource:
+    return TextSource(spec.name, files, identity_of(files), sum(int(file.stamp) for file in files), patience=patience)
 
 
 def _hub_file(repo: str, commit: str, path: str, patience: Patience) -> TextFile:
@@ -135,22 +140,44 @@ def identity_of(files: list[TextFile]) -> str:
     return hashlib.sha256(repr([(file.name, file.stamp) for file in files]).encode()).hexdigest()[:16]
 
 
-def local_files(path: Path, subset: str, split: str) -> list[TextFile]:
+def local_files(path: Path, subset: str, split: str, flag: str = "--dataset") -> list[TextFile]:
     """Data files of a local file or folder, sorted.
 
-    The subset names a subfolder (also under data/) or a configuration in the folder's README, and is passed over
-    where it is neither. File and folder names choose the split as the `datasets` library does; files whose names
-    say nothing belong to train.
+    The subset names a subfolder (also under data/) or a configuration in the folder's README. File and folder names
+    choose the split as the `datasets` library does; files whose names say nothing belong to train. Raises `UserError`
+    naming `flag`_subset or `flag`_split and what there is.
     """
     if path.is_file():
+        if subset:
+            raise UserError(f"{flag}_subset {subset}: {path} is a file, which has none; use {flag}_subset ''")
         return [_local_file(path, path.parent)]
     for folder in (path / subset, path / "data" / subset):
         if subset and folder.is_dir():
-            return _of_split(_data_paths(folder), folder, split)
+            return _of_split(_data_paths(folder), folder, split, flag)
     configured = _readme_files(path, subset, split)
     if configured:
         return [_local_file(file, path) for file in configured]
-    return _of_split(_data_paths(path), path, split)
+    if subset:
+        there = ", ".join(local_subsets(path)) or "none"
+        raise UserError(f"{flag}_subset {subset}: {path} has none such in split {split}; there: {there} ('': all)")
+    return _of_split(_data_paths(path), path, split, flag)
+
+
+def local_subsets(path: Path) -> list[str]:
+    """What a subset of a local folder can be: its subfolders with data (also those of data/), and configurations."""
+    folders = [each for root in (path, path / "data") if root.is_dir() for each in sorted(root.iterdir())]
+    found = [folder.name for folder in folders if folder.is_dir() and folder != path / "data" and _data_paths(folder)]
+    readme = path / "README.md"
+    text = readme.read_text("utf-8", errors="replace")[:200_000] if readme.is_file() else ""
+    return list(dict.fromkeys([*found, *re.findall(r"^ *- *config_name: *['\"]?([\w.-]+)", text, re.M)]))
+
+
+def has_subset(name: str, subset: str) -> bool:
+    """False where `name` is a local file or folder without this subset; the Hub is not asked."""
+    path = Path(name).expanduser()
+    if not subset or not path.exists():
+        return True
+    return any(folder.is_dir() for folder in (path / subset, path / "data" / subset)) or subset in local_subsets(path)
 
 
 def _data_paths(folder: Path) -> list[Path]:
@@ -163,7 +190,7 @@ def _data_paths(folder: Path) -> list[Path]:
     return [path for path in found if data_format(path.name) != "json"] or found
 
 
-def _of_split(paths: list[Path], root: Path, split: str) -> list[TextFile]:
+def _of_split(paths: list[Path], root: Path, split: str, flag: str) -> list[TextFile]:
     wanted = _split_of(split)
     by_split: dict[str, list[TextFile]] = {}
     for path in paths:
@@ -175,7 +202,7 @@ def _of_split(paths: list[Path], root: Path, split: str) -> list[TextFile]:
         return by_split[key]
     named = [file for files in by_split.values() for file in files if split in re.split(r"[/.-]", file.name)]
     if not named and by_split:
-        raise UserError(f"--dataset_split {split}: {root} has {', '.join(sorted(by_split))}")
+        raise UserError(f"{flag}_split {split}: {root} has {', '.join(sorted(by_split))}")
     return named
 
 
@@ -210,7 +237,7 @@ def files_from_caches(spec: SourceSpec) -> list[TextFile]:
         folders = [snapshot / spec.subset, snapshot / "data" / spec.subset]
         configured = bool(_readme_files(snapshot, spec.subset, spec.split))
         if not spec.subset or configured or any(folder.is_dir() for folder in folders):
-            files = local_files(snapshot, spec.subset, spec.split)
+            files = local_files(snapshot, spec.subset, spec.split, spec.flag)
     files = files or [_local_file(Path(path), Path(path).parent) for path in arrow]
     if not files:
         subset = f", subset {spec.subset}" if spec.subset else ""
