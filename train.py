@@ -90,10 +90,11 @@ def distill(args: argparse.Namespace, ranks: Any) -> int:
             for name in names:
                 total = session.total_steps(name, text)
                 stage = build_stage(args, name, session.models, loaders[name], total, ranks, inputs.parallel)
-                session.enter(stage)
-                log.info("%s: %d optimizer steps", name, stage.total_steps)
-                if not run_stage(stage, session.progress, session.services()):
-                    return session.stopped()
+                with contextlib.closing(stage):
+                    session.enter(stage)
+                    log.info("%s: %d optimizer steps", name, stage.total_steps)
+                    if not run_stage(stage, session.progress, session.services()):
+                        return session.stopped()
             session.save_final()
         except Exception as error:
             return failure_status(error, session)
@@ -105,6 +106,7 @@ def distill(args: argparse.Namespace, ranks: Any) -> int:
 
 def failure_status(error: Exception, session: Any) -> int:
     """One line for what a run cannot go on from, and its exit status; anything unexpected is raised again."""
+    from distill.gradient_check import UntrainedTensors
     from distill.meter import TooManyBadSteps
     from hardware.memory import is_out_of_memory
     from hardware.parallel import is_loss_of_rank
@@ -114,7 +116,7 @@ def failure_status(error: Exception, session: Any) -> int:
     if is_out_of_memory(error):
         log.error(session.memory_advice())
         return 3
-    if isinstance(error, TooManyBadSteps | DataStreamLost | AnotherRankStopped):
+    if isinstance(error, TooManyBadSteps | DataStreamLost | AnotherRankStopped | UntrainedTensors):
         session.store.wait()
         saved = session.store.folder.complete()
         log.error("stopped, %s: %s", "with a checkpoint" if saved else "before the first checkpoint", error)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from distill.forms import DeviceBatch, Progress, Stage, Sums
+from distill.gradient_check import GradientCheck
 from distill.meter import BadStepWatch, Meter, Reading, TooManyBadSteps
 from optim.step import clip_and_step
 
@@ -92,10 +93,11 @@ def run_stage(stage: Stage, progress: Progress, services: Services) -> bool:
 
     Loss and gradients of an optimizer step are means over the valid tokens of its whole window, on all ranks.
     A step with a non-finite loss or gradient leaves the weights as they are and is counted. Raises
-    `TooManyBadSteps` after `services.max_bad_steps` of them in a row, with a checkpoint of the last good state.
+    `TooManyBadSteps` after `services.max_bad_steps` of them in a row, with a checkpoint of the last good state, and
+    `UntrainedTensors` when the first update that counts leaves a trainable tensor without a gradient.
     """
     meter, journal = Meter(progress, stage), Journal(services)
-    watch = BadStepWatch(progress, services.max_bad_steps)
+    watch, check = BadStepWatch(progress, services.max_bad_steps), GradientCheck(stage)
     parameters = stage.parameters()
     batches = feed(stage)
     coming = AgreedWindows(stage, batches, services)
@@ -108,6 +110,7 @@ def run_stage(stage: Stage, progress: Progress, services: Services) -> bool:
             services.diagnose(progress, stage, window[0])
             norm, bad = clip_and_step(stage.optimizer, parameters, stage.grad_clip, scaler=stage.scaler)
             rate = stage.schedule.get_last_lr()[0]
+            check.push(sums["tokens"], bad, rate)
             stage.schedule.step()
             stage.optimizer.zero_grad(set_to_none=True)
             _advance(progress, stage, window)
@@ -122,6 +125,7 @@ def run_stage(stage: Stage, progress: Progress, services: Services) -> bool:
             if stage.ranks.agree(services.save_due(progress) or services.save_requested())[0]:
                 _save(stage, progress, services, meter, watch, journal)
         watch.flush()
+        check.flush()
     except services.save_before_raising:
         stage.optimizer.zero_grad(set_to_none=True)
         _save(stage, progress, services, meter, None, journal)

@@ -60,9 +60,15 @@ class Stage:
     ranks: Ranks = field(default_factory=Ranks)
     synchronise: Callable[[bool], None] = lambda last: None  # gradients are averaged in the last micro step
     finish_gradients: Callable[[], None] = lambda: None  # before clipping: average what no wrapper averages
+    without_gradient: dict[str, str] = field(default_factory=dict)  # see gradient_check.without_gradient
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in self.trainable.parameters() if p.requires_grad]
+
+    def close(self) -> None:
+        """Take off what the optimizer has hung on the parameters; the next stage trains some of them too."""
+        if hasattr(self.optimizer, "close"):
+            self.optimizer.close()
 
 
 @dataclass

@@ -34,10 +34,10 @@ def build_optimizer(
     if name == "adamw8bit":
         return AdamW8bit(groups, lr=lr, kernel=kernel)
     try:
-        from pytorch_optimizer import FlashAdamW
+        from optim.flash_adamw import ExactFlashAdamW
     except ImportError as error:
         raise UserError("--optimizer flashadamw needs a pytorch-optimizer that has FlashAdamW") from error
-    return FlashAdamW(groups, lr=lr, betas=BETAS, eps=EPS)
+    return ExactFlashAdamW(groups, lr=lr, betas=BETAS, eps=EPS)
 
 
 def muon_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

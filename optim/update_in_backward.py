@@ -25,6 +25,7 @@ class UpdateInBackward:
         device = next(iter(self.groups)).device
         self.previous = torch.zeros((), device=device)  # norm of the step before
         self.squares = torch.zeros((), device=device)  # of this step so far
+        self.norms: dict[Tensor, Tensor] = {}  # of this step's gradients, which are gone
         self.handles = [p.register_post_accumulate_grad_hook(self._update) for p in self.groups]
 
     @property
@@ -39,7 +40,7 @@ class UpdateInBackward:
     def _update(self, parameter: Tensor) -> None:
         if parameter.grad is None:
             return
-        norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
+        norm = self.norms[parameter] = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
         self.squares = self.squares + norm * norm
         so_far = self.squares.sqrt()
         bad = (~torch.isfinite(so_far)).float()
@@ -66,9 +67,9 @@ class UpdateInBackward:
         return norm, bad
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients and what was seen of a step that is given up."""
+        """Begin a step: drop gradients, and what was seen of one that is given up."""
         self.inner.zero_grad(set_to_none=set_to_none)
-        self.squares = torch.zeros_like(self.squares)
+        self.squares, self.norms = torch.zeros_like(self.squares), {}
 
     def state_dict(self) -> dict[str, Any]:
         return {**self.inner.state_dict(), "previous_norm": self.previous}

@@ -121,7 +121,7 @@ class Session:
         return text.total_steps(name)
 
     def begin(self) -> None:
-        """Tell W&B the sizes, and take the held-out figures before the first step."""
+        """Put exact weights back, tell W&B the sizes, take the held-out figures before the first step."""
         assert self.models is not None
         parameters = list(self.models.student.parameters())
         trainable = sum(p.numel() for p in parameters if p.requires_grad)
@@ -130,6 +130,7 @@ class Session:
         self.tracker.summary(
             {"parameters/trainable": trainable, "parameters/frozen": frozen, "attention_layers": layers}
         )
+        self._restore_weights(self.trainer_state.get("weights", {}))  # also where the next stage begins anew
         if self.resumed_from is None and self.args.eval_dataset:
             self.log_metrics(self.progress.optimizer_step, self.evaluate(self.progress))
 
@@ -153,7 +154,6 @@ class Session:
             stage.scaler.load_state_dict(state["scaler"])
         if self.progress.loader:
             stage.loader.load_state_dict(self.progress.loader)
-        self._restore_weights(state["weights"])
         set_rng_state(state["rng"])
 
     def _align(self, stage: Stage) -> None:

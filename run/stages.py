@@ -8,6 +8,7 @@ from torch import nn
 
 from distill.distillation import DistillationStep, kd_micro_step
 from distill.forms import Stage
+from distill.gradient_check import without_gradient
 from distill.mohawk import AlignmentStep, trained_mixers
 from hardware import parallel
 from hardware.cuda_graphs import CapturedMicroStep, captures
@@ -17,6 +18,7 @@ from optim.schedule import build_schedule
 from optim.update_in_backward import UpdateInBackward
 from run.acceleration import compiles
 from run.build import Models, distribute
+from run.plan import sequence_length
 
 
 def build_stage(
@@ -58,6 +60,12 @@ def build_stage(
         scaler=torch.amp.GradScaler(models.device.type) if models.dtype == torch.float16 else None,
         open_ended=name == "stage1" and args.epochs > 0,
         ranks=ranks,
+        without_gradient=without_gradient(
+            name,
+            seq_length=sequence_length(args, name),
+            mixers=models.student.config.n_layer > len(models.student.config.attention_layers),
+            hard_labels=args.ce_weight > 0,
+        ),
     )
     stage.ahead = distils and args.kl_weight > 0 and models.hidden_states.ahead
     if captures(args, models, ranks):

@@ -1,0 +1,150 @@
+"""Every stage trains what it should: hooks of a stage end with it, a tensor without a gradient stops the run."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import train
+from conftest import ROOT
+from distill.forms import Stage
+from distill.gradient_check import GradientCheck, UntrainedTensors, kind_of, without_gradient
+from helpers import runs
+from optim.build import build_optimizer
+from optim.update_in_backward import UpdateInBackward
+
+THREE_STAGES = dict(hidden_tokens=512, max_steps=3, second_dataset_tokens=384)
+ONE = torch.ones(())
+
+
+@pytest.mark.slow
+def test_updates_in_the_backward_pass_train_every_stage_as_updates_after_it(tiny_teacher, sources, tmp_path):
+    """With a grad_clip that never binds both ways are the same mathematics, in each of three stages."""
+    ends = {}
+    for way in (False, True):
+        folder = tmp_path / str(way)
+        options = dict(optimizer="adamw", grad_clip=1e9, update_in_backward=way, **THREE_STAGES)
+        assert train.main(runs.flags(tiny_teacher, sources, folder, **options)) == 0
+        ends[way] = runs.losses(folder), runs.weights(folder / "final")
+    (wanted, weights), (found, others) = ends[False], ends[True]
+    assert len(found) == len(wanted) == 4 + 3 + 3
+    for (_, loss, norm), (_, other_loss, other_norm) in zip(wanted, found):
+        assert other_loss == pytest.approx(loss, rel=1e-5) and other_norm == pytest.approx(norm, rel=1e-4)
+    for name, weight in weights.items():
+        assert (others[name] - weight).norm() <= 1e-4 * weight.norm(), name
+
+
+@pytest.mark.slow
+def test_hooks_that_a_stage_leaves_behind_stop_the_next(tiny_teacher, sources, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(UpdateInBackward, "close", lambda self: None)
+    argv = runs.flags(tiny_teacher, sources, tmp_path, update_in_backward=True, **THREE_STAGES)
+    assert train.main(argv) == 4
+    error = capsys.readouterr().out.splitlines()[-1]
+    assert "stopped, with a checkpoint: stage1: the first update had no gradient for " in error
+    assert "mixer.in_proj.weight (3 of 3)" in error
+    assert "mlp" not in error  # which the hidden stage did not train: no hook was left on it
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_two_ranks_stop_together(way, tiny_teacher, sources, tmp_path):
+    flags = runs.flags(tiny_teacher, sources, tmp_path, parallel=way, **THREE_STAGES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(ROOT / "tests" / "helpers" / "train_without_a_gradient.py"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    output = done.stdout + done.stderr
+    assert done.returncode != 0 and "exitcode  : 4" in output, output[-3000:]
+    lines = [line for line in output.splitlines() if "no gradient for final_layernorm.weight (1 of 1)" in line]
+    assert len(lines) == 2 and all("stopped, with a checkpoint: stage1" in line for line in lines), output[-3000:]
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        ({"matrix_tokens": 256, "matrix_seq_length": 2}, "matrix: no gradient in D, out_proj.weight, z_bias: "),
+        ({"seq_length": 1, "attn_implementation": "eager"}, "stage1: no gradient in self_attn.k_proj.weight, self_a"),
+        ({"layers": [0, 1, 2, 3]}, "a student of replaced layers alone begins as its teacher"),
+        ({"document_reset": True, "layer_weight": 1.0, "optimizer": "muon", "dtype": "bfloat16"}, None),
+    ],
+    ids=["matrix", "one position", "all replaced", "all tensors"],
+)
+def test_what_has_no_gradient_by_its_mathematics_is_exempt_and_named(
+    flags, named, tiny_teacher, sources, tmp_path, capsys
+):
+    argv = runs.flags(tiny_teacher, sources, tmp_path, **{**dict(skip_stage2=True, max_steps=2), **flags})
+    assert train.main(argv) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "no gradient" in line]
+    if named is None:
+        assert not lines
+    else:
+        assert len(lines) == 1 and named in lines[0]
+
+
+def stage_of(module, optimizer=None, **more):
+    optimizer = optimizer or build_optimizer("adamw", module, lr=1e-8, weight_decay=0.0)
+    return Stage("stage1", None, None, module, optimizer, None, 1, **more)  # type: ignore[arg-type]
+
+
+def two_layers():
+    module = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])})
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-30)  # its square is 0 in float32
+    return module
+
+
+def test_every_tensor_needs_a_gradient_of_its_own():
+    GradientCheck(stage_of(two_layers())).push(ONE, 0 * ONE, 1e-8)
+    for change in ("none", "zero", "held by no optimizer"):
+        module, optimizer = two_layers(), None
+        bias = module["layers"][1].bias
+        if change == "held by no optimizer":
+            optimizer = torch.optim.SGD([p for p in module.parameters() if p is not bias], lr=1.0)
+        else:
+            bias.grad = None if change == "none" else torch.zeros(3)
+        with pytest.raises(UntrainedTensors, match=r"no gradient for bias \(1 of 2\); "):
+            GradientCheck(stage_of(module, optimizer)).push(ONE, 0 * ONE, 1e-8)
+        bias.requires_grad_(False)
+        GradientCheck(stage_of(module)).push(ONE, 0 * ONE, 1e-8)
+
+
+def test_only_an_update_that_counts_is_judged_and_only_the_first():
+    module = two_layers()
+    check = GradientCheck(stage_of(module))
+    module["layers"][0].weight.grad = None
+    check.push(ONE, ONE, 1e-8)  # skipped
+    check.push(0 * ONE, 0 * ONE, 1e-8)  # no valid token
+    check.push(ONE, 0 * ONE, 0.0)  # no rate
+    with pytest.raises(UntrainedTensors):
+        check.push(ONE, 0 * ONE, 1e-8)
+    module["layers"][0].weight.grad = torch.ones(3, 3)
+    check = GradientCheck(stage_of(module))
+    check.push(ONE, 0 * ONE, 1e-8)
+    module["layers"][0].weight.grad = None
+    check.push(ONE, 0 * ONE, 1e-8)
+
+
+def test_an_update_in_the_backward_pass_counts_what_it_has_seen():
+    module = two_layers()
+    optimizer = UpdateInBackward(build_optimizer("adamw", module, lr=1e-3, weight_decay=0.0), 1.0)
+    module.zero_grad()
+    module["layers"][0](torch.ones(3)).sum().backward()
+    stage = stage_of(module, optimizer)
+    with pytest.raises(UntrainedTensors, match=r"weight \(1 of 2\), bias \(1 of 2\)"):
+        GradientCheck(stage).push(ONE, optimizer.finish_step()[1], 1e-3)
+    optimizer.zero_grad()
+    module["layers"][1](module["layers"][0](torch.ones(3))).sum().backward()
+    GradientCheck(stage).push(ONE, optimizer.finish_step()[1], 1e-3)
+    stage.close()
+    module["layers"][0](torch.ones(3)).sum().backward()
+    assert module["layers"][0].weight.grad is not None
+
+
+def test_kinds_are_names_without_layers_and_wrappers():
+    assert kind_of("module.student.backbone.layers.3.mixer.in_proj.weight") == "mixer.in_proj.weight"
+    assert kind_of("student.backbone.embedding.weight") == "embedding.weight" and kind_of("2.D") == "D"
+    assert without_gradient("stage1", seq_length=64, mixers=True, hard_labels=False) == {}
