@@ -1,7 +1,6 @@
 """Every flag of `train.py`, with units and defaults, and the checks that need no model.
 
-No torch and no transformers here, so that `--help` is quick. `python arguments.py --markdown` prints the flags as
-the README's table.
+No torch and no transformers here, so that `--help` is quick. `python arguments.py --markdown` prints docs/flags.md.
 """
 
 import argparse
@@ -392,17 +391,23 @@ def check_folder_writable(flag: str, folder: Path) -> None:
         raise UserError(f"{flag} {folder}: cannot write in {existing} ({error.strerror})") from error
 
 
-def markdown_table() -> str:
-    """The flags as markdown tables, one a group."""
-    lines: list[str] = []
+def markdown_page() -> str:
+    """docs/flags.md: the flags as markdown tables, one a group."""
+    lines = [
+        "# Flags",
+        "",
+        "All flags of `train.py`, made by `python arguments.py --markdown`. Other scripts list theirs with `--help`.",
+        "",
+    ]
     for group in build_parser()._action_groups:
         actions = [action for action in group._group_actions if action.option_strings and action.dest != "help"]
         if not actions:
             continue
-        lines += [f"**{str(group.title).capitalize()}**", "", "| flag | default | meaning |", "| --- | --- | --- |"]
+        title = str(group.title)
+        lines += [f"## {title[0].upper()}{title[1:]}", "", "| flag | default | meaning |", "| --- | --- | --- |"]
         lines += [f"| `{a.option_strings[0]}` | {_shown(a)} | {_meaning(a)} |" for a in actions]
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join(lines[:-1])
 
 
 def _shown(action: argparse.Action) -> str:
@@ -421,6 +426,6 @@ def _meaning(action: argparse.Action) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--markdown"]:
-        print(markdown_table())
+        print(markdown_page())
     else:
         parse_arguments(sys.argv[1:])

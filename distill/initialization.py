@@ -61,7 +61,7 @@ def student_config(teacher: Any, expand: int = 1) -> LlambaConfig:
             "n_v_heads": heads,
             "n_qk_heads": heads,
             "expand": int(ratio) if ratio.is_integer() else ratio,
-            "chunk_size": max(64, head_dim),  # 64 was 2% faster than 128 at head_dim 64 (benchmarks/README.md)
+            "chunk_size": max(64, head_dim),  # 64 was 2% faster than 128 at head_dim 64 (third quality report)
             "activation": "identity",
             "bias": getattr(teacher, "attention_bias", False),  # of the output projection
         },
