@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,17 +129,29 @@ def test_only_an_update_that_counts_is_judged_and_only_the_first():
     check.push(ONE, 0 * ONE, 1e-8)
 
 
+def test_a_rank_without_a_tensors_rows_or_without_tokens_asks_the_others():
+    module = two_layers()
+    module["layers"][1].bias.grad = None
+    others = torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0])  # what they have: the last bias's gradient, and tokens
+    ranks = SimpleNamespace(sum=lambda own: own + others)
+    GradientCheck(stage_of(module, ranks=ranks)).push(0 * ONE, 0 * ONE, 1e-8)
+    module["layers"][0].bias.grad = None
+    with pytest.raises(UntrainedTensors, match=r"bias \(1 of 2\)"):
+        GradientCheck(stage_of(module, ranks=ranks)).push(0 * ONE, 0 * ONE, 1e-8)
+
+
 def test_an_update_in_the_backward_pass_counts_what_it_has_seen():
     module = two_layers()
     optimizer = UpdateInBackward(build_optimizer("adamw", module, lr=1e-3, weight_decay=0.0), 1.0)
-    module.zero_grad()
-    module["layers"][0](torch.ones(3)).sum().backward()
     stage = stage_of(module, optimizer)
-    with pytest.raises(UntrainedTensors, match=r"weight \(1 of 2\), bias \(1 of 2\)"):
-        GradientCheck(stage).push(ONE, optimizer.finish_step()[1], 1e-3)
     optimizer.zero_grad()
     module["layers"][1](module["layers"][0](torch.ones(3))).sum().backward()
     GradientCheck(stage).push(ONE, optimizer.finish_step()[1], 1e-3)
+    optimizer.zero_grad()
+    module["layers"][0](torch.ones(3)).sum().backward()
+    with pytest.raises(UntrainedTensors, match=r"weight \(1 of 2\), bias \(1 of 2\)"):
+        GradientCheck(stage).push(ONE, optimizer.finish_step()[1], 1e-3)
+    optimizer.zero_grad()
     stage.close()
     module["layers"][0](torch.ones(3)).sum().backward()
     assert module["layers"][0].weight.grad is not None
@@ -147,4 +160,13 @@ def test_an_update_in_the_backward_pass_counts_what_it_has_seen():
 def test_kinds_are_names_without_layers_and_wrappers():
     assert kind_of("module.student.backbone.layers.3.mixer.in_proj.weight") == "mixer.in_proj.weight"
     assert kind_of("student.backbone.embedding.weight") == "embedding.weight" and kind_of("2.D") == "D"
-    assert without_gradient("stage1", seq_length=64, mixers=True, hard_labels=False) == {}
+
+
+def test_exempt_are_these_and_no_others():
+    mixed = dict(seq_length=64, mixers=True, hard_labels=False)
+    for stage in ("hidden", "stage1", "stage2"):
+        assert without_gradient(stage, **mixed) == {}
+        assert without_gradient(stage, **mixed | {"mixers": False, "hard_labels": True}) == {}
+    assert without_gradient("matrix", **mixed).keys() == {"D", "z_bias", "out_proj"}
+    assert without_gradient("stage1", **mixed | {"seq_length": 1}).keys() == {"self_attn.q_", "self_attn.k_"}
+    assert without_gradient("stage1", **mixed | {"mixers": False}).keys() == {""}

@@ -67,11 +67,11 @@ def test_an_overflow_halves_the_scale_and_good_updates_double_it():
     optimizer = build_optimizer("adamw", module, lr=1e-2, weight_decay=0.0)
     scaler, scales = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2), []
     before = module.weight.detach().clone()
-    for value in (torch.inf, 1.0, 1.0, 1.0, torch.nan):
+    for value in (torch.inf, 1.0, 1.0, 1.0, torch.nan, 1.0, 1.0):
         for p in module.parameters():
             p.grad = torch.full_like(p, value)
         _, bad = clip_and_step(optimizer, list(module.parameters()), 1.0, scaler=scaler)
         assert bool(bad) == (value != 1.0)
         scales.append(scaler.get_scale())
         assert torch.equal(before, module.weight) == (len(scales) == 1)
-    assert scales == [4.0, 4.0, 8.0, 8.0, 4.0]
+    assert scales == [4.0, 4.0, 8.0, 8.0, 4.0, 4.0, 8.0]  # an overflow begins the count anew
