@@ -114,7 +114,8 @@ def build_parser() -> Parser:
         help="layers to replace by the teacher's; negative ones are ignored (-1: none); auto:K: K found by measuring",
     )
     add("--expand", type=whole(1, 4), default=1, help="from_teacher: mixer heads for each attention head, at most 4")
-    add("--choice_tokens", type=whole(1), default=8192, help="tokens of --eval_dataset or stage 1 for auto:K")
+    add("--choice_tokens", type=whole(1), default=8192, help="tokens of stage 1 or --choice_dataset for auto:K")
+    add("--choice_dataset", default="", help="text for auto:K other than stage 1's: hub id, folder or file")
     add("--freeze_mlp", action="store_true", help="do not train the MLPs")
     add("--freeze_replaced_layers", action="store_true", help="do not train the replaced layers")
     add("--freeze_embeddings", action="store_true", help="do not train embedding and head")
@@ -240,6 +241,9 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("evaluation while training").add_argument
     add("--eval_interval", type=whole(0), default=0, help="optimizer steps between evaluations; 0: off")
     add("--eval_dataset", default="", help="held-out text: hub id, folder or file")
+    add("--eval_dataset_subset", default="", help="configuration on the hub, subfolder of a folder; '' for none")
+    add("--eval_dataset_split", default="train", help="split")
+    add("--eval_dataset_text_field", default="text", help="column that holds the text")
     add("--eval_tokens", type=whole(1), default=100_000, help="tokens an evaluation")
     add("--diagnostics_interval", type=whole(0), default=500, help="optimizer steps between figures by layer; 0: off")
     add("--sample_interval", type=whole(0), default=0, help="optimizer steps between sample texts; 0: off")
@@ -271,6 +275,7 @@ def build_parser() -> Parser:
 FREE_FLAGS = frozenset(
     "device teacher_device parallel no_compile no_cuda_graphs gradient_checkpointing log_interval log_file "
     "wandb wandb_project wandb_run_name wandb_entity wandb_mode eval_interval eval_dataset eval_tokens "
+    "eval_dataset_subset eval_dataset_split eval_dataset_text_field "
     "diagnostics_interval sample_interval sample_prompts "
     "output_dir save_interval save_minutes keep_checkpoints resume resume_force resume_step local_files_only "
     "network_patience max_bad_steps deterministic".split()
@@ -312,6 +317,8 @@ def validate(args: argparse.Namespace) -> None:
         raise UserError(f"--expand {args.expand} needs --student_model from_teacher: others have sizes of their own")
     if auto_layers(args.layers) is not None and len(args.layers) > 1:
         raise UserError(f"--layers {' '.join(map(str, args.layers))}: auto:K stands alone; leave the others out")
+    if args.choice_dataset and auto_layers(args.layers) is None:
+        raise UserError("--choice_dataset needs --layers auto:K, the layers to choose on it")
     if args.eval_interval and not args.eval_dataset:
         raise UserError("--eval_interval needs --eval_dataset, the held-out text to evaluate on")
     if args.sample_prompts and not args.sample_interval:

@@ -144,12 +144,27 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
+def held_out_batches(args: argparse.Namespace, name: str, tokenizer: Any) -> Any:
+    """One unshuffled pass over the held-out text `name`, as the flags say."""
+    from data import SourceSpec, build_loader
+
+    spec = SourceSpec(
+        name=name,
+        subset=args.dataset_subset,
+        split=args.dataset_split,
+        text_field=args.dataset_text_field,
+        shuffle_buffer=0,
+        local_files_only=args.local_files_only,
+        network_patience=args.network_patience,
+    )
+    return build_loader(spec, tokenizer, seq_length=args.seq_length, batch_size=args.batch_size, epochs=1)
+
+
 def own_figures(args: argparse.Namespace) -> dict[str, Any]:
     """Held-out figures, recall and speed: text and sizes are looked at before any weight is loaded."""
     import torch
 
     from hardware.devices import check_device
-    from hardware.parallel import Ranks
     from hub.model_files import fetch_model
     from model_utils import (
         check_pair,
@@ -160,7 +175,6 @@ def own_figures(args: argparse.Namespace) -> dict[str, Any]:
         load_config,
     )
     from models import LlambaConfig
-    from run.text import held_out_batches
 
     where = check_device(args.device)
     for flag, name in (("--teacher", args.teacher), ("--student", args.student)):
@@ -170,7 +184,7 @@ def own_figures(args: argparse.Namespace) -> dict[str, Any]:
     check_teacher_config(teacher_config, args.teacher)
     check_pair(load_config(args.student, config_class=LlambaConfig, **local), teacher_config, args.student)
     tokenizer = get_tokenizer(args.teacher, **local)
-    batches = iter(held_out_batches(args, args.dataset_name, tokenizer, Ranks()) if args.dataset_name else ())
+    batches = iter(held_out_batches(args, args.dataset_name, tokenizer) if args.dataset_name else ())
     first = list(itertools.islice(batches, 1))
     options = dict(dtype=getattr(torch, args.dtype), device=where, attn_implementation=args.attn_implementation)
     teacher = get_teacher_model(args.teacher, **options, **local)

@@ -83,7 +83,7 @@ def distill(args: argparse.Namespace, ranks: Any) -> int:
             student, origins = session.student_source, session.origins
             inputs = ranks.together(lambda: check_inputs(args, student, names, origins, ranks))
             session.estimate, text = inputs.estimate, inputs.text
-            loaders = ranks.together(lambda: {name: text.loader(name) for name in names})
+            loaders = ranks.together(lambda: text.open(names, fresh=session.resumed_from is None))
             session.models = ranks.together(lambda: build_models(args, student, inputs, devices, ranks))
             session.begin()
             signals.leave_at_once = False

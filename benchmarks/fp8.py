@@ -15,9 +15,7 @@ from distill.losses import KDTerms, chunked_kd_loss
 from distill.teacher import OwnTeacher, TeacherBackbone
 from evaluation import held_out
 from hardware.fp8 import quantise_teacher_fp8
-from hardware.parallel import Ranks
 from model_utils import get_teacher_model, get_tokenizer
-from run.text import held_out_batches
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -47,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         "--batch_size",
         "4",
     ]
-    batches = held_out_batches(evaluate.parse(options), bench.text, get_tokenizer(bench.teacher), Ranks())
+    batches = evaluate.held_out_batches(evaluate.parse(options), bench.text, get_tokenizer(bench.teacher))
 
     def step(inputs: Any, labels: Any, valid: Any, positions: Any, theirs: Any, scale: Any) -> KDTerms:
         return chunked_kd_loss(student(inputs, positions), head, theirs, head, labels, valid, grad_scale=scale)

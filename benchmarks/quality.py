@@ -139,12 +139,10 @@ class Judge:
         """Held-out figures over the whole file, and recall of student and teacher."""
         import evaluate
         from evaluation.held_out import held_out_figures
-        from hardware.parallel import Ranks
         from model_utils import get_student_model
-        from run.text import held_out_batches
 
         student = get_student_model(str(folder), self.teacher, dtype=self.dtype, device=self.device).eval()
-        batches = held_out_batches(self.args, self.valid, self.tokenizer, Ranks())
+        batches = evaluate.held_out_batches(self.args, self.valid, self.tokenizer)
         held_out = held_out_figures(student, self.teacher, batches, 2**62, self.device)
         recall = evaluate.recall_figures({"student": student}, self.tokenizer, self.args, self.device)
         return {

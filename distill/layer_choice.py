@@ -1,4 +1,6 @@
-"""`--layers auto:K`: the K layers whose replacement lowers held-out KL most, chosen greedily before training.
+"""`--layers auto:K`: the K layers whose replacement lowers KL most, chosen greedily before training.
+
+KL is measured on the run's own training text, or on other text, never on that which figures are reported on.
 
 Greedy from the end that can be trusted. A student with all its mixers, fresh from the teacher, is so far off (several
 nats) that no single layer tells much. So the start is the teacher itself, KL 0: every layer is replaced. Each round
@@ -32,8 +34,9 @@ log = logging.getLogger(__name__)
 FILE = "layer_choice.json"
 # What a choice depends on: another run in the same folder with the same values takes up the choice that is there.
 MADE_FOR = (
-    "layers teacher_model student_model expand choice_tokens eval_dataset dataset_name dataset_subset dataset_split "
-    "seq_length document_reset seed dtype"
+    "layers teacher_model student_model expand choice_tokens choice_dataset dataset_name dataset_subset "
+    "dataset_split dataset_revision dataset_text_field shuffle_buffer on_bad_data seq_length document_reset "
+    "seed dtype"
 ).split()
 
 

@@ -2,16 +2,18 @@
 
 import argparse
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from arguments import auto_layers
 from checkpoints.origins import Origins
 from data import SourceSpec, TextLoader, build_loader, estimate_steps_per_epoch
 from hardware.parallel import Ranks
 from run.plan import planned_steps, sequence_length, sequences_a_step
-from text.text_sources import TEXT_VERSION
+from text.text_sources import has_subset
+from utils import UserError
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +29,20 @@ class RunText:
     tokenizer: Any
     ranks: Ranks = field(default_factory=Ranks)
     origins: Origins = field(default_factory=Origins)
+    _held_out: TextLoader | None = None
+    _beginning: dict[str, Any] = field(default_factory=dict)  # the held-out loader's state there
+
+    def open(self, names: list[str], *, fresh: bool) -> dict[str, TextLoader]:
+        """The loaders of the stages that are left; what a run reads besides is looked at, too.
+
+        fresh: the run begins, so that layers may have to be chosen.
+        """
+        loaders = {name: self.loader(name) for name in names}
+        if self.args.eval_dataset:
+            self.held_out_loader()
+        if fresh and auto_layers(self.args.layers) is not None:
+            self.check_choice()
+        return loaders
 
     def loader(self, name: str) -> TextLoader:
         """This rank's loader of a stage; raises `UserError` if the source or its columns are not there or empty."""
@@ -92,15 +108,72 @@ class RunText:
         return torch.stack(rows[:CALIBRATION_SEQUENCES])
 
     def held_out_loader(self) -> TextLoader:
-        """This rank's loader of the held-out text, at its beginning."""
-        version = self.origins.text_version
-        return held_out_batches(self.args, self.args.eval_dataset, self.tokenizer, self.ranks, version)
+        """This rank's loader of the held-out text, one unshuffled pass, put back to its beginning."""
+        args = self.args
+        if self._held_out is None:
+            self._held_out = build_loader(
+                self.held_out_source(),
+                self.tokenizer,
+                seq_length=args.seq_length,
+                batch_size=args.batch_size,
+                rank=self.ranks.rank,
+                world_size=self.ranks.world_size,
+                epochs=1,
+                document_reset=args.document_reset and self.origins.text_version > 1,
+            )
+            self._beginning = self._held_out.state_dict()
+        self._held_out.load_state_dict(self._beginning)
+        return self._held_out
+
+    def held_out_source(self) -> SourceSpec:
+        """The source of the held-out text, as its own flags say; runs begun before them go on with stage 1's."""
+        args = self.args
+        subset, split = args.eval_dataset_subset, args.eval_dataset_split
+        if self.origins.text_version == 1:
+            inherited = args.dataset_subset if has_subset(args.eval_dataset, args.dataset_subset) else ""
+            subset, split = subset or inherited, split if split != "train" else args.dataset_split
+        return SourceSpec(
+            name=args.eval_dataset,
+            flag="--eval_dataset",
+            subset=subset,
+            split=split,
+            text_field=args.eval_dataset_text_field,
+            shuffle_buffer=0,
+            on_bad_data=args.on_bad_data,
+            local_files_only=args.local_files_only,
+            network_patience=args.network_patience,
+            version=self.origins.text_version,
+        )
 
     def choice_loader(self) -> TextLoader:
-        """What `--layers auto:K` measures on: the held-out text if there is one, else stage 1's own."""
-        if self.args.eval_dataset:
-            return held_out_batches(self.args, self.args.eval_dataset, self.tokenizer, Ranks())
-        return self._loader("stage1", Ranks())
+        """What `--layers auto:K` measures on: `--choice_dataset`, else stage 1's own text; the same on every rank."""
+        args = self.args
+        if not args.choice_dataset:
+            return self._loader("stage1", Ranks())
+        source = dict(name=args.choice_dataset, flag="--choice_dataset", subset="", split="train", revision=None)
+        return build_loader(
+            replace(self.source("stage1"), streaming=True, **source),
+            self.tokenizer,
+            seq_length=args.seq_length,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            epochs=1,
+            document_reset=args.document_reset,
+        )
+
+    def check_choice(self) -> None:
+        """Raise a `UserError` where `--layers auto:K` would choose on the text that figures are reported on."""
+        args = self.args
+        chosen_on = self.choice_loader().dataset.source
+        if not args.eval_dataset:
+            return
+        both = sorted(chosen_on.places() & self.held_out_loader().dataset.source.places())
+        if both:
+            where = f"--choice_dataset {args.choice_dataset}" if args.choice_dataset else "the training text"
+            raise UserError(
+                f"--layers auto:K chooses on {where}, of which {both[0]} is in --eval_dataset {args.eval_dataset} "
+                "too; name other text with --choice_dataset"
+            )
 
     def total_steps(self, name: str) -> int:
         """Optimizer steps of a stage; for `--epochs` from the hint, or estimated by sampling."""
@@ -117,28 +190,3 @@ class RunText:
         )
         log.info("an epoch of %s is about %d optimizer steps (estimated by sampling)", args.dataset_name, per_epoch)
         return max(1, per_epoch * args.epochs)
-
-
-def held_out_batches(
-    args: argparse.Namespace, name: str, tokenizer: Any, ranks: Ranks, version: int = TEXT_VERSION
-) -> TextLoader:
-    """One unshuffled pass over a held-out source; the same batches every time it is made."""
-    spec = SourceSpec(
-        name=name,
-        subset=args.dataset_subset,
-        split=args.dataset_split,
-        text_field=args.dataset_text_field,
-        shuffle_buffer=0,
-        local_files_only=args.local_files_only,
-        network_patience=args.network_patience,
-        version=version,
-    )
-    return build_loader(
-        spec,
-        tokenizer,
-        seq_length=args.seq_length,
-        batch_size=args.batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        epochs=1,
-    )

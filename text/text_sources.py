@@ -69,6 +69,10 @@ class TextSource:
         """Like `identity`, and also another one when a local file was written anew."""
         return hashlib.sha256(repr([file.written for file in self.files]).encode()).hexdigest()[:8]
 
+    def places(self) -> set[str]:
+        """Where each file is: a path, or a dataset and its file, whatever the revision."""
+        return {file.written.rpartition(" ")[0] or f"{self.name}/{file.name}" for file in self.files}
+
     def documents(self, order: list[int], start: tuple[int, int, int]) -> Iterator[tuple[Any, str, Position]]:
         """(value, name, position behind it) of every row from `start` on, the files in `order`.
 

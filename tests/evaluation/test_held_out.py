@@ -87,12 +87,10 @@ def test_the_best_checkpoint_is_kept(run, sharp_teacher, sources):
 
 
 def figures_of(folder, teacher, sources):
-    from hardware.parallel import Ranks
     from model_utils import get_student_model, get_teacher_model, get_tokenizer
-    from run.text import held_out_batches
 
     flags = ["--student", str(folder), "--teacher", str(teacher), "--seq_length", "64", "--batch_size", "2"]
-    batches = held_out_batches(evaluate.parse(flags), str(sources["heldout"]), get_tokenizer(str(teacher)), Ranks())
+    batches = evaluate.held_out_batches(evaluate.parse(flags), str(sources["heldout"]), get_tokenizer(str(teacher)))
     frozen = get_teacher_model(str(teacher), dtype=torch.float32)
     student = get_student_model(str(folder), frozen, dtype=torch.float32)
     return held_out_figures(student, frozen, batches, 1000, torch.device("cpu"))
