@@ -6,7 +6,6 @@ it: loss, backward pass layer by layer, update.
 """
 
 import argparse
-import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,14 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from arguments import auto_layers
 from distill.losses import CHUNK_LOGITS_COMPILED, CHUNK_LOGITS_EAGER, PARTS_COMPILED
 from distill.teacher import TeacherNeed
 from hardware.activation_bytes import saved_bytes
-from hardware.devices import default_dtype
+from hardware.meta_models import meta_student, teacher_sizes
 from hardware.recomputation import MODES, set_activation_checkpointing
-from model_utils import freeze
-from models import LlambaConfig, LlambaForCausalLM
+from models import LlambaConfig
 from optim.muon import STACKED
 from run.acceleration import compiles
 
@@ -46,6 +43,7 @@ class MemoryEstimate:
     modes: tuple[str, ...]
     savings: dict[str, float]  # flag -> bytes that it would save
     at_start: bool = False  # the peak is not a step's: both models while they are loaded
+    whole_gradients: bool = False  # under FSDP2: reduced in an optimizer step's last micro step alone
 
     @property
     def allocated(self) -> float:
@@ -92,8 +90,10 @@ class StepModel:
         shards: int = 1,
         replicated: bool = False,
         teacher_need: TeacherNeed = "throughout",
+        whole_gradients: bool = False,
     ):
         self.args, self.shards, self.replicated, self.teacher_need = args, shards, replicated, teacher_need
+        self.whole_gradients = whole_gradients
         self.dtype = getattr(torch, args.dtype)
         self.parameter_dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
         self.student = meta_student(teacher_config, student_config, args, self.parameter_dtype)
@@ -104,7 +104,7 @@ class StepModel:
         self.constants = self._weights(teacher_config)
 
     def _weights(self, teacher_config: Any) -> dict[str, float]:
-        teacher, matrices = _teacher_sizes(teacher_config)
+        teacher, matrices = teacher_sizes(teacher_config)
         size = self.dtype.itemsize
         sharable = self.same_device and self.dtype == self.parameter_dtype
         frozen = sum(p.numel() for p in self.student.parameters() if not p.requires_grad)
@@ -124,11 +124,14 @@ class StepModel:
         whole = total * self.parameter_dtype.itemsize  # nothing is shared or let go of yet
         self.loading = {"teacher weights": there, "student weights": float(whole)}
         there = there if self.teacher_need == "throughout" else 0.0
-        if self.shards > 1:  # the teacher's embedding and head stay whole; two layers of each model are gathered
+        if self.shards > 1:  # embeddings and heads are whole throughout a step; so are two of a teacher's layers
             ends, layers = (teacher - matrices) * size, self.student.config.n_layer
-            own = total * self.parameter_dtype.itemsize
-            there = ends + (there - ends) * (1 / self.shards + 2 / layers) if there else 0.0
-            own, state = own * (1 / self.shards + 2 / layers), state / self.shards
+            if there and not self.args.teacher_fp8:  # whose codes are buffers, and not sharded
+                there = ends + (there - ends) * (1 / self.shards + 2 / layers)
+            table: Any = self.student.backbone.embedding.weight
+            distinct = {p: p.numel() for p in (table, self.student.lm_head.weight)}
+            own = (total / self.shards + sum(distinct.values())) * self.parameter_dtype.itemsize
+            state /= self.shards
         return {"teacher weights": there, "student weights": own + copies, "optimizer state": state}
 
     def _trainable(self) -> list[nn.Parameter]:
@@ -154,10 +157,13 @@ class StepModel:
             return 0.0
         return table.numel() * table.element_size() * (2.0 if self.args.grad_accumulation_steps > 1 else 1.0)
 
+    def _layers(self) -> Any:
+        return self.student.backbone.layers
+
     def layer_gradients(self) -> list[float]:
         return [
             float(sum(p.numel() * p.element_size() for p in layer.parameters() if p.requires_grad))
-            for layer in self.student.backbone.layers
+            for layer in self._layers()
         ]
 
     def kind(self, index: int) -> str:
@@ -215,7 +221,7 @@ class StepModel:
         held = 0.0
         if not self.update_in_backward:
             wide = self.parameter_dtype.itemsize == 4
-            held = sum(p.numel() for p in self._trainable()) * UPDATE_BYTES[self.args.optimizer][wide]
+            held = sum(p.numel() for p in self._trainable()) * UPDATE_BYTES[self.args.optimizer][wide] / self.shards
         if self.args.optimizer == "muon":
             backbone: Any = self.student.backbone
             largest = max(p.numel() for layer in backbone.layers for p in layer.parameters())
@@ -225,8 +231,24 @@ class StepModel:
     def estimate(self, modes: Sequence[str]) -> MemoryEstimate:
         """The moment of the step in which most is held."""
         costs = [self.cost(index, mode) for index, mode in enumerate(modes)]
-        gradients = [size / self.shards for size in self.layer_gradients()]
-        head, embedding = self.head_gradient(), self.embedding_gradient() / self.shards
+        moments = self._moments(costs) if self.shards == 1 else self._sharded_moments(costs)
+        peak = max(moments, key=lambda moment: sum(moment.values()))
+        parts = {
+            **self.constants,
+            "gradient buckets": self.buckets(),
+            "matched layers": self.matched(),
+            **peak,
+            "workspace": WORKSPACE,
+        }
+        savings = self._savings(parts, costs)
+        loading = self.loading | {"workspace": WORKSPACE}
+        if self.teacher_need == "at the start" and sum(loading.values()) > sum(parts.values()):
+            return MemoryEstimate(loading, tuple(modes), savings, at_start=True)
+        return MemoryEstimate(parts, tuple(modes), savings, whole_gradients=self.whole_gradients)
+
+    def _moments(self, costs: list[LayerCost]) -> list[dict[str, float]]:
+        gradients = self.layer_gradients()
+        head, embedding = self.head_gradient(), self.embedding_gradient()
         everything = sum(gradients) + head + embedding
         kept = everything if self.args.grad_accumulation_steps > 1 else 0.0
         in_place = self.update_in_backward or self.replicated  # gradients leave their own memory as they come
@@ -240,19 +262,34 @@ class StepModel:
             moments.append({"gradients": held, "activations": alive, "loss": 0.0, "update": beside})
         last = head + embedding if in_place else everything
         moments.append({"gradients": last, "activations": 0.0, "update": update})
-        peak = max(moments, key=lambda moment: sum(moment.values()))
-        parts = {
-            **self.constants,
-            "gradient buckets": self.buckets(),
-            "matched layers": self.matched(),
-            **peak,
-            "workspace": WORKSPACE,
-        }
-        savings = self._savings(parts, costs)
-        loading = self.loading | {"workspace": WORKSPACE}
-        if self.teacher_need == "at the start" and sum(loading.values()) > sum(parts.values()):
-            return MemoryEstimate(loading, tuple(modes), savings, at_start=True)
-        return MemoryEstimate(parts, tuple(modes), savings)
+        return moments
+
+    def _sharded_moments(self, costs: list[LayerCost]) -> list[dict[str, float]]:
+        """Under FSDP2 a layer's gradients are whole until they are reduced, in float32, and the head's to the end.
+
+        What micro steps have added up is a float32 shard of each gradient, or float32 and whole (`whole_gradients`).
+        Beside what is kept of weights two layers are gathered, the one at work and the next.
+        """
+        size, adds = self.parameter_dtype.itemsize, self.args.grad_accumulation_steps > 1
+        trained = [sum(p.numel() for p in layer.parameters() if p.requires_grad) for layer in self._layers()]
+        two = 2.0 * size * max(sum(p.numel() for p in layer.parameters()) for layer in self._layers())
+        everything = sum(p.numel() for p in self._trainable())
+        reduced = everything * (4.0 if adds else size) / self.shards
+        kept = 0.0 if not adds else everything * 4.0 if self.whole_gradients else reduced
+        head, table = self.head_gradient(), self.embedding_gradient() / (2 if adds else 1)
+        activations = sum(c.saved for c in costs)
+        moments = [
+            {"gradients": kept + 2 * head, "activations": activations, "gathered layers": two, "loss": self.loss()}
+        ]
+        for index in reversed(range(len(costs))):
+            above = 0.0 if adds else sum(trained[index + 1 :]) * size / self.shards
+            held = kept + above + head + trained[index] * (size + 4.0)
+            alive = sum(c.saved for c in costs[: index + 1]) + costs[index].working
+            moments.append({"gradients": held, "activations": alive, "gathered layers": two})
+        ends = 2 * head + table * (1 + 4.0 / size)  # each beside the float32 copy that is reduced
+        moments.append({"gradients": reduced + ends, "activations": 0.0})
+        moments.append({"gradients": reduced, "activations": 0.0, "update": self.update()})
+        return moments
 
     def _savings(self, parts: dict[str, float], costs: list[LayerCost]) -> dict[str, float]:
         """What each flag would save, in bytes, roughly: for advice."""
@@ -297,6 +334,7 @@ def estimate_memory(
     shards: int = 1,
     replicated: bool = False,
     teacher_need: TeacherNeed = "throughout",
+    whole_gradients: bool = False,
 ) -> MemoryEstimate:
     """The peak of a training step from the two configurations and the flags; nothing is loaded.
 
@@ -304,8 +342,9 @@ def estimate_memory(
     go from none to selective, then from selective to full, one at a time; on the CPU (`free_bytes` None) none.
     With `shards`, both models are sharded over that many ranks (FSDP2); `replicated`: whole on each of them (DDP).
     A teacher that is needed "at the start" alone is gone in a step: the peak is a step's or the loading's.
+    whole_gradients: those of shards are reduced once an optimizer step, not in each of its micro steps.
     """
-    step = StepModel(teacher_config, student_config, args, shards, replicated, teacher_need)
+    step = StepModel(teacher_config, student_config, args, shards, replicated, teacher_need, whole_gradients)
     layers = step.student.config.n_layer
     if args.gradient_checkpointing != "auto":
         return step.estimate([args.gradient_checkpointing] * layers)
@@ -333,43 +372,3 @@ def is_out_of_memory(error: Exception) -> bool:
     """True for what torch, CUDA, cuBLAS and the CPU's allocator raise when memory ends."""
     texts = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
-
-
-def meta_student(
-    teacher_config: Any, student_config: LlambaConfig, args: argparse.Namespace, dtype: torch.dtype
-) -> LlambaForCausalLM:
-    """The student as it will train, on the meta device: replaced layers in place, frozen parameters frozen."""
-    config = copy.deepcopy(student_config)
-    if not config.attention_layers:
-        config.attention_layers = replaced_layers(args.layers, config.n_layer)
-        config.attention_cfg = LlambaConfig.describe_attention(teacher_config)
-    attention = getattr(args, "attn_implementation", "sdpa")
-    config._attn_implementation = "eager" if attention == "eager" else "sdpa"
-    with torch.device("meta"), default_dtype(dtype):
-        student = LlambaForCausalLM(config)
-    if config.tie_embeddings:
-        student.lm_head.weight = student.backbone.embedding.weight
-    freeze(
-        student,
-        mlp=args.freeze_mlp,
-        replaced_layers=args.freeze_replaced_layers,
-        embeddings=args.freeze_embeddings,
-    )
-    return student.train()
-
-
-def replaced_layers(layers: Sequence[int | str], n_layer: int) -> list[int]:
-    """Indices that `--layers` asks for; `auto:K` counts as the first K, since only their number matters here."""
-    count = auto_layers(layers)
-    wanted = layers if count is None else range(count)
-    return sorted({index for index in wanted if isinstance(index, int) and 0 <= index < n_layer})
-
-
-def _teacher_sizes(config: Any) -> tuple[int, int]:
-    """(parameters of the teacher, parameters of its layers' matrices)."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        teacher = AutoModelForCausalLM.from_config(config)
-    matrices = sum(p.numel() for layer in teacher.model.layers for p in layer.parameters() if p.ndim > 1)
-    return sum(p.numel() for p in teacher.parameters()), matrices

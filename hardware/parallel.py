@@ -194,6 +194,19 @@ def shard_layers(walk: nn.Module, device: torch.device) -> None:
     fully_shard(walk, mesh=mesh)
 
 
+def widen_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Make sharded gradients float32, where the next micro steps' are added to them.
+
+    FSDP2 reduces in float32, but hands a gradient on in its parameter's dtype: sums in bf16 would lose small addends.
+    """
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is not None and gradient.dtype in (torch.bfloat16, torch.float16):
+            parameter.grad = None
+            parameter.grad_dtype = None  # any: the next window's first gradient comes in the parameter's again
+            parameter.grad = gradient.float()
+
+
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace gradients by their means over ranks: for parameters that no wrapper looks after."""
     gradients = [p.grad for p in parameters if p.grad is not None]

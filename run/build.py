@@ -51,6 +51,7 @@ class Models:
     teacher_head: torch.Tensor | None = None  # [V, d] on the student's device, wherever the teacher goes
     step: Any = None  # the student with its loss; from `distribute` on under DDP or FSDP2
     hidden_states: Any = None  # where the teacher's come from (teacher.py)
+    whole_gradients: bool = False  # sharded: each rank keeps them whole until an optimizer step's last micro step
 
     @property
     def tokenizer(self) -> Any:
@@ -98,6 +99,7 @@ def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, 
     student.train()
     log.info(describe_parameters(student, teacher))
     models = Models(teacher, student, text, device, teacher_device, dtype)
+    models.whole_gradients = inputs.estimate is not None and inputs.estimate.whole_gradients
     on_cpu = "none" if args.gradient_checkpointing == "auto" else args.gradient_checkpointing
     accelerate(args, models, inputs.estimate.modes if inputs.estimate else on_cpu)
     connect(args, models, ranks)

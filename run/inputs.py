@@ -83,7 +83,10 @@ def settle_parallel(
     ranks: Ranks,
     need: TeacherNeed = "throughout",
 ) -> tuple[str, MemoryEstimate]:
-    """`way` with auto settled (ddp where a step fits into every rank's `free` bytes, else fsdp), and its estimate."""
+    """`way` with auto settled (ddp where a step fits into every rank's `free` bytes, else fsdp), and its estimate.
+
+    Shards' gradients are reduced in each micro step, unless there is room for whole ones without more recomputation.
+    """
     estimated = functools.partial(estimate_memory, teacher, student, args, free, teacher_need=need)
     if way != "fsdp":
         estimate = estimated(replicated=way != "none")
@@ -95,7 +98,12 @@ def settle_parallel(
             raise UserError(
                 "--optimizer muon: the models do not fit whole on every rank; use adamw8bit, which shards"
             )
-    return "fsdp", estimated(ranks.world_size)
+    estimate = estimated(ranks.world_size)
+    if args.grad_accumulation_steps > 1 and free is not None:
+        whole = estimated(ranks.world_size, whole_gradients=True)
+        if not ranks.agree(whole.needed > free or whole.modes != estimate.modes)[0]:
+            return "fsdp", whole
+    return "fsdp", estimate
 
 
 def check_devices(args: Any, ranks: Any) -> tuple[torch.device, torch.device]:

@@ -76,9 +76,11 @@ def build_stage(
 
 
 def synchronise(stage: Stage, models: Models, way: str) -> None:
-    """Average gradients over ranks once an optimizer step: in its last backward pass, or after it ("none")."""
-    if way == "fsdp":
+    """Average gradients over ranks: in an optimizer step's last backward pass, after it ("none"), or in each."""
+    if way == "fsdp" and models.whole_gradients:
         stage.synchronise = models.step.set_requires_gradient_sync
+    elif way == "fsdp":
+        stage.synchronise = lambda last: parallel.widen_gradients(stage.parameters())
     elif way == "ddp":
         stage.synchronise = lambda last: setattr(models.step, "require_backward_grad_sync", last)
         stage.finish_gradients = lambda: parallel.average_gradients([models.student.lm_head.weight])

@@ -16,7 +16,8 @@ from distill.initialization import student_config
 from hardware.activation_bytes import saved_bytes
 from hardware.compilation import compile_layers, compiles_here, eagerly, uncompile_layers
 from hardware.fp8 import Fp8Linear, check_fp8, fp8_product, quantise_teacher_fp8, to_fp8
-from hardware.memory import StepModel, describe_modes, estimate_memory, meta_student, oom_advice, replaced_layers
+from hardware.memory import StepModel, describe_modes, estimate_memory, oom_advice
+from hardware.meta_models import meta_student, replaced_layers
 from hardware.recomputation import MODES, set_activation_checkpointing
 from model_utils import (
     apply_replacements,

@@ -20,7 +20,8 @@ from conftest import ROOT, tiny_llama_config
 from distill.distillation import DistillationStep
 from distill.initialization import student_config
 from hardware import parallel
-from hardware.memory import StepModel, estimate_memory, meta_student
+from hardware.memory import StepModel, estimate_memory
+from hardware.meta_models import meta_student
 from hardware.parallel import Ranks
 from helpers import runs
 from run.inputs import settle_parallel
