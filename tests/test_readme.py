@@ -96,6 +96,14 @@ def test_names_of_code_on_the_page_of_extending_are_where_it_says():
         assert any(re.search(rf"^(def |class )?{name}\b", file.read_text(), re.M) for file in files), (name, place)
 
 
+def test_the_tests_that_the_table_of_faults_names_exist():
+    files = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    named = re.findall(r"\b(test_\w+\.py)(?:::(test_\w+))?", read("tests/README.md"))
+    assert len(named) > 50
+    for file, test in named:
+        assert re.search(rf"^def {test}\(", files.get(file, ""), re.M) if test else file in files, f"{file}::{test}"
+
+
 def test_the_demo_ends_as_the_readme_says():
     """The lines of the expected ending begin as tests/demo.py prints them."""
     ending = next(block.code for block in blocks("README.md") if block.code.startswith("Both stages took"))
