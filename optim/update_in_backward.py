@@ -76,7 +76,7 @@ class UpdateInBackward:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         state = dict(state)
-        self.previous = state.pop("previous_norm").to(self.previous.device)
+        self.previous = state.pop("previous_norm", self.previous).to(self.previous.device)
         self.inner.load_state_dict(state)
         self.groups = {p: group for group in self.inner.param_groups for p in group["params"]}
 

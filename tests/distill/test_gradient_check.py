@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +11,17 @@ from torch import nn
 
 import train
 from conftest import ROOT
+from distill import gradient_check
 from distill.forms import Stage
 from distill.gradient_check import GradientCheck, UntrainedTensors, kind_of, without_gradient
+from distill.meter import HostCopy
 from helpers import runs
+from helpers.stages import batches_of, make_stage
+from helpers.teachers import TEACHERS, make_student, make_teacher
 from optim.build import build_optimizer
+from optim.step import clip_and_step
 from optim.update_in_backward import UpdateInBackward
+from trainer import accumulate, to_device
 
 THREE_STAGES = dict(hidden_tokens=512, max_steps=3, second_dataset_tokens=384)
 ONE = torch.ones(())
@@ -127,6 +134,46 @@ def test_only_an_update_that_counts_is_judged_and_only_the_first():
     check.push(ONE, 0 * ONE, 1e-8)
     module["layers"][0].weight.grad = None
     check.push(ONE, 0 * ONE, 1e-8)
+
+
+def test_on_a_gpu_it_is_judged_a_step_later_or_at_the_stages_end(monkeypatch):
+    """Figures are on their way until then; the gradients they are of may be gone."""
+
+    class OnItsWay(HostCopy):
+        def __init__(self, values):
+            super().__init__(values)
+            self.event = SimpleNamespace(synchronize=lambda: None)
+
+    monkeypatch.setattr(gradient_check, "HostCopy", OnItsWay)
+    for judge in (lambda check: check.flush(), lambda check: check.push(ONE, 0 * ONE, 1e-8)):
+        module = two_layers()
+        module["layers"][1].bias.grad = None
+        check = GradientCheck(stage_of(module))
+        check.push(ONE, 0 * ONE, 1e-8)
+        module["layers"][1].bias.grad = torch.ones(3)
+        with pytest.raises(UntrainedTensors, match=r"bias \(1 of 2\)"):
+            judge(check)
+
+
+def test_it_costs_less_than_a_thousandth_of_a_stage_of_100_steps():
+    """After the first update that counts it costs nothing; that one costs less than a tenth of a step."""
+    teacher = make_teacher(TEACHERS["grouped queries"])
+    tokens = torch.randint(0, 512, (4, 65))
+    batches = batches_of(tokens, torch.ones(4, 64, dtype=torch.bool), 4)
+    stage = make_stage(teacher, make_student(teacher, [1]), batches)
+    window = [to_device(batch, stage.device, {}, non_blocking=False) for batch in batches]
+    times = {"step": [], "check": []}
+    for _ in range(5):
+        stage.optimizer.zero_grad()
+        began = time.process_time()
+        sums = accumulate(stage, window, lambda: False)
+        clip_and_step(stage.optimizer, stage.parameters(), 1.0)
+        times["step"].append(time.process_time() - began)
+        check = GradientCheck(stage)
+        began = time.process_time()
+        check.push(sums["tokens"], 0 * ONE, 1e-3)
+        times["check"].append(time.process_time() - began)
+    assert check.done and min(times["check"]) < 0.1 * min(times["step"])
 
 
 def test_a_rank_without_a_tensors_rows_or_without_tokens_asks_the_others():
