@@ -26,18 +26,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
         validate(args)
-        from hardware.parallel import launched
-
-        with launched(args.device) as ranks:
-            status = distill(args, ranks)
-            if status == RANK_LOST:
-                leave_at_once(status)  # in good order it would wait for the rank that is gone
-        if not ranks.alone:
-            leave_at_once(status)  # seen after FSDP2: a C++ thread aborts the interpreter's own end
-        return status
+        status = on_ranks(args)
     except UserError as error:
         complain(str(error))
-        return 2
+        status = 2
+    if "RANK" in os.environ:
+        leave_at_once(status)  # seen after FSDP2: a C++ thread aborts the interpreter's own end
+    return status
+
+
+def on_ranks(args: argparse.Namespace) -> int:
+    """Join the other ranks, if there are any, and run; the exit status."""
+    from hardware.ranks import RankFailed, launched
+
+    try:
+        with launched(args.device) as ranks:
+            status = distill(args, ranks)
+            if not ranks.alone and 0 < status < 128:
+                leave_at_once(status)  # in good order it would wait for ranks that are gone or stuck
+    except RankFailed as error:
+        log.error("stopped before the first step: %s", error)
+        return 4
+    return status
 
 
 def leave_at_once(status: int) -> None:
@@ -57,7 +67,6 @@ def distill(args: argparse.Namespace, ranks: Any) -> int:
     from run.plan import stage_names
     from run.session import Session
     from run.signals import StopSignals
-    from run.stages import build_stage
     from trainer import run_stage
     from utils import setup_logging
 
@@ -74,7 +83,7 @@ def distill(args: argparse.Namespace, ranks: Any) -> int:
         ranks.first(lock_folder)
         signals = held.enter_context(StopSignals())
         signals.leave_at_once = True  # nothing to save before the first step
-        session = Session(args, signals, ranks)
+        session = ranks.together(lambda: Session(args, signals, ranks))
         try:
             if session.finished:
                 log.info("%s holds a finished run: nothing to do", args.output_dir)
@@ -85,13 +94,11 @@ def distill(args: argparse.Namespace, ranks: Any) -> int:
             session.estimate, text = inputs.estimate, inputs.text
             loaders = ranks.together(lambda: text.open(names, fresh=session.resumed_from is None))
             session.models = ranks.together(lambda: build_models(args, student, inputs, devices, ranks))
-            session.begin()
+            ranks.together(session.begin)
             signals.leave_at_once = False
             for name in names:
-                total = session.total_steps(name, text)
-                stage = build_stage(args, name, session.models, loaders[name], total, ranks, inputs.parallel)
+                stage = ranks.together(lambda name=name: prepare_stage(args, name, session, inputs, loaders[name]))
                 with contextlib.closing(stage):
-                    session.enter(stage)
                     log.info("%s: %d optimizer steps", name, stage.total_steps)
                     if not run_stage(stage, session.progress, session.services()):
                         return session.stopped()
@@ -104,27 +111,44 @@ def distill(args: argparse.Namespace, ranks: Any) -> int:
     return 0
 
 
+def prepare_stage(args: argparse.Namespace, name: str, session: Any, inputs: Any, loader: Any) -> Any:
+    """A stage at its beginning, or where an interrupted one stood."""
+    from run.stages import build_stage
+
+    total, ranks = session.total_steps(name, inputs.text), session.ranks
+    stage = build_stage(args, name, session.models, loader, total, ranks, inputs.parallel)
+    session.enter(stage)
+    return stage
+
+
 def failure_status(error: Exception, session: Any) -> int:
     """One line for what a run cannot go on from, and its exit status; anything unexpected is raised again."""
     from distill.gradient_check import UntrainedTensors
     from distill.meter import TooManyBadSteps
     from hardware.memory import is_out_of_memory
-    from hardware.parallel import is_loss_of_rank
+    from hardware.ranks import RankFailed, SharedMistake, is_loss_of_rank
     from hub.hub_files import DataStreamLost
-    from trainer import AnotherRankStopped
 
+    if isinstance(error, SharedMistake):
+        session.leave_together()
+        raise error
     if is_out_of_memory(error):
         log.error(session.memory_advice())
+        session.ranks.report(error)
         return 3
-    if isinstance(error, TooManyBadSteps | DataStreamLost | AnotherRankStopped | UntrainedTensors):
-        session.store.wait()
+    reported = session.ranks.reported()
+    if isinstance(error, TooManyBadSteps | DataStreamLost | RankFailed | UntrainedTensors):
+        session.leave_together()
+        if error.__cause__ is not None and not isinstance(error.__cause__, DataStreamLost):
+            log.error("what went wrong on this rank:", exc_info=error.__cause__)
         saved = session.store.folder.complete()
         log.error("stopped, %s: %s", "with a checkpoint" if saved else "before the first checkpoint", error)
         return 4
     if not session.ranks.alone and is_loss_of_rank(error):
         saved = session.store.folder.complete()
-        log.error("another rank is gone; the last checkpoint is %s", saved[0].name if saved else "none yet")
-        return RANK_LOST
+        last = f"the last checkpoint is {saved[0].name if saved else 'none yet'}"
+        log.error("another rank is gone%s; %s", f" ({reported})" if reported else "", last)
+        return 4 if reported else RANK_LOST
     raise error
 
 

@@ -19,13 +19,10 @@ import torch
 from distill.forms import DeviceBatch, Progress, Stage, Sums
 from distill.gradient_check import GradientCheck
 from distill.meter import BadStepWatch, Meter, Reading, TooManyBadSteps
+from hardware.ranks import RankFailed, SharedMistake
 from optim.step import clip_and_step
 
 log = logging.getLogger(__name__)
-
-
-class AnotherRankStopped(RuntimeError):
-    """A failure on another rank ends the run on this one too, after saving together."""
 
 
 @dataclass
@@ -43,7 +40,7 @@ class Services:
     log_interval: int = 1
     eval_interval: int = 0
     max_bad_steps: int = 10
-    save_before_raising: tuple[type[BaseException], ...] = (TooManyBadSteps, AnotherRankStopped)
+    save_before_raising: tuple[type[BaseException], ...] = (TooManyBadSteps, RankFailed, SharedMistake)
 
 
 def feed(stage: Stage) -> Generator[DeviceBatch]:
@@ -122,7 +119,7 @@ def run_stage(stage: Stage, progress: Progress, services: Services) -> bool:
             meter.pause(lambda: _evaluate(stage, services, progress, journal))
             if _finished(stage, progress):
                 break
-            if stage.ranks.agree(services.save_due(progress) or services.save_requested())[0]:
+            if _save_due(stage, progress, services):
                 _save(stage, progress, services, meter, watch, journal)
         watch.flush()
         check.flush()
@@ -173,11 +170,9 @@ class AgreedWindows:
             window, failure = None, None
             try:
                 window = next(self.windows, None)
-            except self.services.save_before_raising as error:
+            except Exception as error:
                 failure = error
-            stop, over, failed = self.ranks.agree(self.services.stop_requested(), window is None, failure is not None)
-            if failed:
-                raise failure or AnotherRankStopped("the run stops with a failure on another rank")
+            stop, over = self.ranks.agree(self.services.stop_requested(), window is None, failure=failure)
             self.stopped = stop
             if stop or over or window is None:
                 return
@@ -220,6 +215,11 @@ def _advance(progress: Progress, stage: Stage, window: list[DeviceBatch]) -> Non
 
 def _finished(stage: Stage, progress: Progress) -> bool:
     return not stage.open_ended and progress.stage_step >= stage.total_steps
+
+
+def _save_due(stage: Stage, progress: Progress, services: Services) -> bool:
+    due = stage.ranks.together(lambda: services.save_due(progress) or services.save_requested())
+    return stage.ranks.agree(due)[0]
 
 
 def _evaluate(stage: Stage, services: Services, progress: Progress, journal: Journal) -> None:

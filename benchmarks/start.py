@@ -21,7 +21,7 @@ import arguments
 from distill.forms import Progress
 from distill.initialization import SILU_IS_ONE, calibrate_mixers, student_from_teacher, visit_layers
 from hardware.devices import seed_everything
-from hardware.parallel import Ranks
+from hardware.ranks import Ranks
 from model_utils import get_teacher_model, get_tokenizer
 from run import build, stages
 from run.text import RunText

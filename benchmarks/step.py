@@ -39,7 +39,8 @@ from distill.forms import DeviceBatch, Progress, Stage
 from distill.losses import dense_kd_loss
 from hardware.devices import default_dtype
 from hardware.memory import MemoryEstimate
-from hardware.parallel import Ranks, choose_parallel, launched
+from hardware.parallel import choose_parallel
+from hardware.ranks import Ranks, launched
 from hardware.recomputation import set_activation_checkpointing
 from model_utils import apply_replacements, as_teacher, freeze, share_frozen_weights, transfer_teacher_weights
 from models import LlambaForCausalLM

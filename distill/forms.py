@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hardware.parallel import Ranks
+from hardware.ranks import Ranks
 
 Sums = dict[str, torch.Tensor]
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distill.forms import DeviceBatch
-from hardware.parallel import Ranks
+from hardware.ranks import Ranks
 from model_utils import teacher_hidden
 
 LATER: Any = {"non_blocking": True}

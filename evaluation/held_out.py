@@ -47,13 +47,12 @@ def figures_of(
     sums_of: Callable[[Any], Any],
     batches: Iterable[Any],
     tokens: int,
-    over_ranks: Callable[[Any], Any] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """KL(teacher || student) at temperature 1, top-1 agreement and both perplexities over at least `tokens` tokens.
 
-    `batches` yields `data.Batch`, of which `sums_of` gives `held_out_sums` (only valid positions count); `over_ranks`
-    adds those of all ranks. Returns kl (nats a token), top1_agreement (0 to 1), student_perplexity,
+    `batches` yields `data.Batch`, of which `sums_of` gives `held_out_sums` (only valid positions count), over all
+    ranks. Returns kl (nats a token), top1_agreement (0 to 1), student_perplexity,
     teacher_perplexity, perplexity_ratio, tokens; nothing once `stop()` says so. Raises `UserError` where there is no
     token.
     """
@@ -62,8 +61,7 @@ def figures_of(
     sums = torch.zeros(5, dtype=torch.float64)
     with torch.no_grad():
         for batch in batches:
-            row = sums_of(batch)
-            sums += row if over_ranks is None else over_ranks(row)
+            sums += sums_of(batch)
             if stop():
                 return {}
             if sums[4] >= tokens:

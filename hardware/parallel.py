@@ -1,19 +1,9 @@
-"""Several ranks under torchrun: who is who, what they agree on, and a student replicated (DDP) or sharded (FSDP2).
-
-Without torchrun there is one rank, and nothing here costs anything. Every rank reads the same flags and the same
-text; what only one of them can know (a signal, a clock, a broken file) is agreed on before anybody acts on it, so
-that no rank waits in a collective that another never enters.
-"""
+"""A student on several ranks: replicated (DDP) or sharded (FSDP2), and its checkpoints put together again."""
 
 import argparse
-import contextlib
-import logging
 import math
-import os
-import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,117 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from hardware.ranks import Ranks
 from utils import UserError
-
-log = logging.getLogger(__name__)
-T = TypeVar("T")
-
-LAUNCHED_BY = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")  # torchrun sets them all
-LOST = re.compile(r"gloo|connection (closed|reset|refused)|broken pipe|nccl|remote process", re.IGNORECASE)
-
-
-class RankLost(RuntimeError):
-    """Another rank is gone: nothing that needs all of them can be done any more."""
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among those of the run; alone unless torchrun says otherwise."""
-
-    rank: int = 0
-    local_rank: int = 0
-    world_size: int = 1
-    local_world_size: int = 1
-
-    @property
-    def is_first(self) -> bool:
-        return self.rank == 0
-
-    @property
-    def alone(self) -> bool:
-        return self.world_size == 1
-
-    def device(self, name: str) -> str:
-        """The rank's own device: under torchrun any CUDA device means that of its local rank."""
-        return f"cuda:{self.local_rank}" if self.world_size > 1 and name.startswith("cuda") else name
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of a tensor over all ranks, on each of them; the argument stays as it is."""
-        if self.alone:
-            return tensor
-        total = tensor.clone()
-        dist.all_reduce(total)
-        return total
-
-    def agree(self, *flags: bool) -> list[bool]:
-        """For each flag, whether it is true on any rank. Raises `RankLost`."""
-        if self.alone:
-            return [bool(flag) for flag in flags]
-        votes = torch.tensor(flags, dtype=torch.int32)
-        with losses_of_ranks():
-            dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-        return [bool(vote) for vote in votes.tolist()]
-
-    def gather(self, value: Any) -> list[Any]:
-        """A small value of every rank, in their order, on every rank. Raises `RankLost`."""
-        if self.alone:
-            return [value]
-        found: list[Any] = [None] * self.world_size
-        with losses_of_ranks():
-            dist.all_gather_object(found, value)
-        return found
-
-    def together(self, work: Callable[[], T]) -> T:
-        """Do something on every rank; a user's mistake on any of them is raised on all."""
-        result, complaint = None, None
-        try:
-            result = work()
-        except UserError as error:
-            if self.alone:
-                raise
-            complaint = str(error)
-        for rank, found in enumerate(self.gather(complaint)):
-            if found is not None:
-                raise UserError(found if rank == 0 else f"rank {rank}: {found}")
-        return result  # type: ignore[return-value]
-
-    def first(self, work: Callable[[], T]) -> T:
-        """Do something on the first rank; its (small) result, or its `UserError`, is every rank's."""
-        result = self.together(lambda: work() if self.is_first else None)
-        return self.gather(result)[0]
-
-
-@contextlib.contextmanager
-def losses_of_ranks() -> Iterator[None]:
-    """A collective that fails, fails because of a rank that is gone: `RankLost`, in one line."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise RankLost("another rank is gone") from error
-
-
-def is_loss_of_rank(error: BaseException) -> bool:
-    """True for `RankLost`, and for what a collective within a backward pass raises when another rank is gone."""
-    return isinstance(error, RankLost) or (isinstance(error, RuntimeError) and bool(LOST.search(str(error))))
-
-
-@contextlib.contextmanager
-def launched(device: str) -> Iterator[Ranks]:
-    """The ranks of this run: joined as torchrun's environment says, or this process alone.
-
-    Two backends in one group: NCCL for tensors on CUDA devices, gloo for those on the CPU, where ranks agree
-    without waiting for a GPU. NCCL's and torchrun's variables are theirs: nothing is set here.
-    """
-    if not all(name in os.environ for name in LAUNCHED_BY):
-        yield Ranks()
-        return
-    numbers = [int(os.environ[name]) for name in LAUNCHED_BY[:4]]
-    cuda = device.startswith("cuda") and torch.cuda.is_available()
-    if cuda and numbers[1] < torch.cuda.device_count():
-        torch.cuda.set_device(numbers[1])
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    yield Ranks(*numbers)
-    dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone
 
 
 def choose_parallel(args: argparse.Namespace, ranks: Ranks) -> str:

@@ -16,7 +16,7 @@ from distill.initialization import calibrate_mixers
 from distill.layer_choice import choose_layers
 from distill.teacher import HostTeacher, OwnTeacher
 from hardware import parallel
-from hardware.parallel import Ranks
+from hardware.ranks import Ranks
 from hub.model_files import fetch_model
 from model_utils import (
     apply_replacements,

@@ -16,7 +16,7 @@ from distill.teacher import TeacherNeed, teacher_need
 from hardware import parallel
 from hardware.devices import check_device
 from hardware.memory import GIB, MemoryEstimate, estimate_memory
-from hardware.parallel import Ranks
+from hardware.ranks import Ranks
 from hub.model_files import fetch_model
 from model_utils import check_layers, check_pair, check_teacher_config, get_tokenizer, is_distilled, load_config
 from models import LlambaConfig

@@ -5,6 +5,7 @@
 """
 
 import argparse
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from distill.teacher import TeacherNeed
 from evaluation.diagnostics import PROMPTS, as_numbers, continuations, gradient_norms, layer_distances
 from evaluation.held_out import figures_of, held_out_sums
 from hardware.memory import MemoryEstimate, estimate_memory, oom_advice
-from hardware.parallel import Ranks, copy_rows, is_sharded, own_optimizer_state, whole_optimizer_state, whole_weights
+from hardware.parallel import copy_rows, is_sharded, own_optimizer_state, whole_optimizer_state, whole_weights
+from hardware.ranks import RankFailed, RankLost, Ranks, SharedMistake
 from hub.hub_files import DataStreamLost
 from model_utils import frozen_names, load_config
 from plot_metrics import plot_runs
@@ -33,7 +35,7 @@ from run.signals import SaveClock, StopSignals
 from run.text import RunText
 from run.tracking import Tracker
 from text.row_readers import BadData
-from trainer import AnotherRankStopped, Services
+from trainer import Services
 from utils import UserError, format_line, library_versions, mask_secrets
 
 log = logging.getLogger(__name__)
@@ -179,7 +181,7 @@ class Session:
             log_interval=args.log_interval,
             eval_interval=args.eval_interval,
             max_bad_steps=args.max_bad_steps,
-            save_before_raising=(TooManyBadSteps, AnotherRankStopped, DataStreamLost, BadData),
+            save_before_raising=(TooManyBadSteps, RankFailed, SharedMistake, DataStreamLost, BadData),
         )
 
     def log_metrics(self, step: int, figures: dict[str, Any]) -> None:
@@ -199,8 +201,10 @@ class Session:
     def diagnose(self, progress: Progress, stage: Stage, batch: DeviceBatch) -> None:
         """Every `--diagnostics_interval` steps: figures of each layer, before the update (`layers/...`)."""
         interval, step = self.args.diagnostics_interval, progress.optimizer_step + 1
-        if not interval or step % interval:
-            return
+        if interval and step % interval == 0:
+            self.ranks.together(lambda: self._diagnose(progress, stage, batch, step))
+
+    def _diagnose(self, progress: Progress, stage: Stage, batch: DeviceBatch, step: int) -> None:
         assert self.models is not None
         student, teacher = self.models.student, self.models.teacher
         figures = gradient_norms(student, stage.scaler.get_scale() if stage.scaler is not None else 1.0)
@@ -213,8 +217,10 @@ class Session:
     def sample(self, progress: Progress) -> None:
         """Every `--sample_interval` steps: what student and teacher write, side by side."""
         interval, step = self.args.sample_interval, progress.optimizer_step
-        if not interval or step % interval or not self.prompts or not self.ranks.is_first:
-            return
+        if interval and step % interval == 0:
+            self.ranks.together(lambda: self._sample(step) if self.prompts and self.ranks.is_first else None)
+
+    def _sample(self, step: int) -> None:
         assert self.models is not None
         models, prompts = self.models, self.prompts
         if is_sharded(models.student):
@@ -231,13 +237,12 @@ class Session:
         """Held-out figures as `eval/...` (the teacher's own once); a new best KL makes a save due."""
         assert self.models is not None
         args, models = self.args, self.models
-        batches = models.text.held_out_loader()
-        pair = (models.step, models.hidden_states, models.teacher_head)
+        ranks, pair = self.ranks, (models.step, models.hidden_states, models.teacher_head)
+        batches = ranks.together(models.text.held_out_loader)
         figures = figures_of(
-            lambda batch: held_out_sums(*pair, batch, models.device),
-            batches,
+            lambda batch: ranks.sum(ranks.together(lambda: held_out_sums(*pair, batch, models.device))),
+            ranks.in_step(batches),
             args.eval_tokens,
-            over_ranks=self.ranks.sum,
             stop=lambda: self.ranks.agree(self.signals.stop_requested)[0],
         )
         if not figures:
@@ -280,20 +285,24 @@ class Session:
         """Write `checkpoint-<step>`: whole state, so that a resumed run equals one never interrupted."""
         self.micro_steps_saved = progress.micro_step
         best = progress.best.get("step") == progress.optimizer_step
-        self._write(f"checkpoint-{progress.optimizer_step}", self._trainer_state(stage), best=best)
+        name = f"checkpoint-{progress.optimizer_step}"
+        self.ranks.together(lambda: self._write(name, self._trainer_state(stage), best=best))
         self.clock.restart()
 
     def save_final(self) -> None:
         """Write `final`: the student alone, to be used, not resumed; then the plot."""
-        self._write("final", {}, finished=True)
-        if not self.store.wait():
-            raise UserError(f"--output_dir {self.output_dir}: the final model could not be written (see the log)")
+        self.ranks.together(lambda: self._write("final", {}, finished=True))
+        self.ranks.together(self._check_written)
         if not self.ranks.is_first:
             return
         try:
             plot_runs([self.output_dir], self.output_dir / "loss.png")
         except (OSError, ValueError) as error:
             log.warning("loss.png could not be drawn: %s", error)
+
+    def _check_written(self) -> None:
+        if not self.store.wait():
+            raise UserError(f"--output_dir {self.output_dir}: the final model could not be written (see the log)")
 
     def _write(self, name: str, state: dict[str, Any], *, finished: bool = False, best: bool = False) -> None:
         assert self.models is not None
@@ -358,6 +367,12 @@ class Session:
         """The exit status after a signal, once the checkpoint is written: when one rank leaves, all are ended."""
         self.store.wait()
         return max(self.ranks.gather(self.signals.exit_code))
+
+    def leave_together(self) -> None:
+        """Once all ranks have come to an end: wait for the checkpoint that the first may still be writing."""
+        self.store.wait()
+        with contextlib.suppress(RankLost, RankFailed, SharedMistake):
+            self.ranks.agree()
 
     def close(self) -> None:
         """Wait for the checkpoint in flight and close the tracker."""

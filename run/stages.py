@@ -12,7 +12,7 @@ from distill.gradient_check import without_gradient
 from distill.mohawk import AlignmentStep, trained_mixers
 from hardware import parallel
 from hardware.cuda_graphs import CapturedMicroStep, captures
-from hardware.parallel import Ranks
+from hardware.ranks import Ranks
 from optim.build import build_optimizer
 from optim.schedule import build_schedule
 from optim.update_in_backward import UpdateInBackward

@@ -10,7 +10,7 @@ import torch
 from arguments import auto_layers
 from checkpoints.origins import Origins
 from data import SourceSpec, TextLoader, build_loader, estimate_steps_per_epoch
-from hardware.parallel import Ranks
+from hardware.ranks import Ranks
 from run.plan import planned_steps, sequence_length, sequences_a_step
 from text.text_sources import has_subset
 from utils import UserError

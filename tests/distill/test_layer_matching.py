@@ -11,7 +11,8 @@ from distill.distillation import DistillationStep
 from distill.losses import layer_distance
 from distill.teacher import OwnTeacher
 from hardware.memory import estimate_memory
-from hardware.parallel import Ranks, choose_parallel
+from hardware.parallel import choose_parallel
+from hardware.ranks import Ranks
 from helpers import runs
 from helpers.stages import batches_of, make_stage
 from helpers.teachers import TEACHERS, make_student, make_teacher

@@ -5,9 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import tempfile
 import time
 
 import pytest
@@ -16,47 +13,21 @@ import torch.distributed as dist
 from torch import nn
 
 from arguments import parse_arguments
-from conftest import ROOT, tiny_llama_config
+from conftest import tiny_llama_config
 from distill.distillation import DistillationStep
 from distill.initialization import student_config
 from hardware import parallel
 from hardware.memory import StepModel, estimate_memory
 from hardware.meta_models import meta_student
-from hardware.parallel import Ranks
+from hardware.ranks import Ranks
 from helpers import runs
+from helpers.launching import ended, launch, ranks_of, start_long_run, wait_until
 from run.inputs import settle_parallel
 from utils import UserError
 
 pytestmark = pytest.mark.slow
 
 EXACT = {"dtype": "float32", "optimizer": "adamw", "skip_stage2": True, "max_steps": 10, "grad_accumulation_steps": 2}
-
-
-def launch(ranks, flags, *, wait=True, script="train.py", shutdown_timeout=30, **variables):
-    """A script under torchrun on `ranks` processes (0: without torchrun): its process, finished if `wait`."""
-    command = [sys.executable, str(ROOT / script)]
-    if ranks:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        command += ["--signals-to-handle=SIGTERM,SIGINT", f"--shutdown-timeout={shutdown_timeout}"]
-        command += [str(ROOT / script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    quiet = None if ranks == 0 else lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    log = tempfile.TemporaryFile("w+")  # noqa: SIM115  a pipe that nobody reads would stop the run when it is full
-    process = subprocess.Popen(
-        [*command, *flags], text=True, env=environment, stdout=log, stderr=subprocess.STDOUT, preexec_fn=quiet
-    )
-    process.log = log
-    if wait:
-        process.output = ended(process, 300)
-        assert process.returncode == 0, process.output[-3000:]
-    return process
-
-
-def ended(process, seconds=60):
-    """All that a process wrote, once it has ended by itself."""
-    process.wait(timeout=seconds)
-    process.log.seek(0)
-    return process.log.read()
 
 
 @pytest.fixture(scope="module")
@@ -178,29 +149,6 @@ def test_another_number_of_sequences_a_step_is_told(tiny_teacher, sources, tmp_p
     run = launch(2, runs.flags(tiny_teacher, sources, tmp_path, **shared))
     assert "an optimizer step takes 4 sequences from here on, not 2 as before" in run.output
     assert [step for step, *_ in runs.losses(tmp_path)] == [1, 2, 3, 4, 5, 6]
-
-
-def ranks_of(process):
-    """pid of each rank under a torchrun process."""
-    found = {}
-    for child in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split():
-        with open(f"/proc/{child}/environ", "rb") as file:
-            rank = re.search(rb"(?:^|\0)RANK=(\d+)", file.read())
-        if rank:
-            found[int(rank[1])] = int(child)
-    return found
-
-
-def wait_until(condition, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.1)
-
-
-def start_long_run(folder, tiny_teacher, sources, script="train.py", shutdown_timeout=30, **changes):
-    flags = runs.flags(tiny_teacher, sources, folder, skip_stage2=True, max_steps=100_000, **changes)
-    return launch(2, flags, wait=False, script=script, shutdown_timeout=shutdown_timeout)
 
 
 @pytest.mark.parametrize("victim, way", [(1, "fsdp"), (0, "ddp")])

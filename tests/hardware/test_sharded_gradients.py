@@ -18,7 +18,7 @@ from distill.initialization import student_config
 from hardware import parallel
 from hardware.memory import WORKSPACE, StepModel, estimate_memory
 from hardware.meta_models import meta_student
-from hardware.parallel import Ranks
+from hardware.ranks import Ranks
 from run.build import Models
 from run.inputs import settle_parallel
 from run.stages import synchronise

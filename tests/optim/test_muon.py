@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from arguments import parse_arguments
-from hardware.parallel import Ranks, choose_parallel
+from hardware.parallel import choose_parallel
+from hardware.ranks import Ranks
 from helpers import runs
 from helpers.teachers import TEACHERS, make_student, make_teacher
 from helpers.updates import step_alike

@@ -5,9 +5,9 @@ import signal
 import time
 
 import pytest
-from test_parallel import ended, ranks_of, start_long_run, wait_until
 
 from helpers import runs
+from helpers.launching import ended, ranks_of, start_long_run, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +31,7 @@ def test_sigterm_to_torchrun_and_its_ranks_at_once_is_one_request(order, tiny_te
 def test_no_rank_leaves_before_the_checkpoint_is_written(tiny_teacher, sources, tmp_path):
     """torchrun ends the others once one has left, 5 s later by SIGKILL here; a checkpoint takes 12."""
     process = start_long_run(
-        tmp_path, tiny_teacher, sources, script="tests/train_slow_disk.py", shutdown_timeout=5, parallel="ddp"
+        tmp_path, tiny_teacher, sources, script="tests/helpers/train_slow_disk.py", shutdown_timeout=5, parallel="ddp"
     )
     wait_until(lambda: (tmp_path / "metrics.jsonl").exists() and len(runs.losses(tmp_path)) > 3)
     for pid in ranks_of(process).values():

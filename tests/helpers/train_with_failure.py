@@ -1,0 +1,53 @@
+"""train.py in which one rank (FAIL_RANK) fails in one place (FAIL_IN), the FAIL_AT-th time that it comes there."""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import train
+
+PLACES = {  # name of a place: the function that fails there
+    "loading": "run.build:get_student_model",
+    "building": "run.stages:build_optimizer",
+    "resuming": "run.session:read_trainer_state",
+    "restoring": "run.session:set_rng_state",
+    "training text": "data:TextLoader._collate",
+    "held-out text": "run.text:RunText.held_out_loader",
+    "evaluation": "run.session:held_out_sums",
+    "layer figures": "run.session:layer_distances",
+    "gradient norms": "run.session:gradient_norms",
+    "samples": "run.session:continuations",
+    "saving": "run.session:frozen_names",
+    "model card": "run.session:model_card",
+    "training step": "distill.distillation:chunked_kd_loss",
+}
+
+
+def failing(work):
+    count = 0
+
+    def call(*args, **options):
+        nonlocal count
+        count += 1
+        if count == int(os.environ.get("FAIL_AT", 1)):
+            raise ValueError("made to fail")
+        return work(*args, **options)
+
+    return call
+
+
+def patch(place: str) -> None:
+    module, _, names = PLACES[place].partition(":")
+    owner = importlib.import_module(module)
+    *path, name = names.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    setattr(owner, name, failing(getattr(owner, name)))
+
+
+if os.environ["RANK"] == os.environ["FAIL_RANK"]:
+    patch(os.environ["FAIL_IN"])
+sys.exit(train.main())
