@@ -275,15 +275,17 @@ def save_description(model: Any, dtype: torch.dtype | None, folder: str) -> None
 
 
 def distinct_weights(model: Any) -> dict[str, torch.Tensor]:
-    """The model's state dict with one name a tensor: of tied weights the one that the others are tied to."""
+    """The model's state dict with one name a parameter: of tied ones the name that the others are tied to.
+
+    Memory says nothing here: an untied student's frozen embedding and head may both lie in a tied teacher's.
+    """
     aliases = set(getattr(model, "_tied_weights_keys", None) or ())
-    names: dict[Any, str] = {}
-    state = model.state_dict()
+    names: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)
     for name, tensor in state.items():
-        memory = (tensor.data_ptr() or name, tensor.shape, tensor.stride(), tensor.dtype)
-        if memory not in names or names[memory] in aliases:
-            names[memory] = name
-    return {name: tensor for name, tensor in state.items() if name in names.values()}
+        if id(tensor) not in names or names[id(tensor)] in aliases:
+            names[id(tensor)] = name
+    return {name: state[name].detach() for name in state if name in names.values()}
 
 
 def exchange(one: Path, other: Path) -> bool:
