@@ -1,6 +1,7 @@
 """Small things that everything may use, without torch: the user's error, log lines, masked secrets, formats."""
 
 import contextlib
+import functools
 import importlib.metadata
 import logging
 import math
@@ -120,6 +121,7 @@ def setup_logging(log_file: str | None, *, rank: int = 0) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
+@functools.cache  # reads each package's metadata
 def library_versions() -> dict[str, str]:
     """Versions of Python and of the packages that a result depends on."""
     names = ("torch", "transformers", "datasets", "pytorch-optimizer", "safetensors", "tokenizers", "wandb")
