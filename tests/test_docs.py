@@ -28,7 +28,7 @@ NOT_RUN = {
     "docs/schedulers.md": "needs a scheduler; tests/test_schedulers.py sends its signals",
 }
 # What is done before a block and after it, where a reader would wait, or knows what he has.
-UNTIL = "for try in $(seq 600); do grep -q '{}' {} && break; sleep 0.1; done; grep -q '{}' {}"
+UNTIL = "for try in $(seq 2400); do grep -q '{}' {} && break; sleep 0.1; done; grep -q '{}' {}"
 TRAINS, SAVED = (UNTIL.format(*2 * (text, "train.log")) for text in ("step 3", "saved"))
 BEFORE = {
     "nohup python": "export STEPS=1000000",
