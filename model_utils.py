@@ -60,19 +60,21 @@ DROPPED = tuple(
 )
 
 
-def load_config(name: str, *, config_class: Any = AutoConfig, local_files_only: bool = False) -> Any:
-    """The configuration of a hub id or local folder; a `UserError` names what is missing."""
+def load_config(
+    name: str, *, config_class: Any = AutoConfig, local_files_only: bool = False, revision: str | None = None
+) -> Any:
+    """The configuration of a hub id (at a commit) or local folder; a `UserError` names what is missing."""
     require_model_folder(name)
     try:
-        return config_class.from_pretrained(name, local_files_only=local_files_only)
+        return config_class.from_pretrained(name, local_files_only=local_files_only, revision=revision or "main")
     except (OSError, ValueError) as error:
         raise UserError(_load_failure("configuration", name, local_files_only, error)) from error
 
 
-def get_tokenizer(name: str, *, local_files_only: bool = False) -> Any:
-    """The fast tokenizer of a hub id or local folder; a `UserError` names what is missing."""
+def get_tokenizer(name: str, *, local_files_only: bool = False, revision: str | None = None) -> Any:
+    """The fast tokenizer of a hub id (at a commit) or local folder; a `UserError` names what is missing."""
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=local_files_only)
+        return AutoTokenizer.from_pretrained(name, local_files_only=local_files_only, revision=revision or "main")
     except (OSError, ValueError, TypeError) as error:
         raise UserError(_load_failure("tokenizer", name, local_files_only, error)) from error
 
@@ -93,16 +95,17 @@ def get_teacher_model(
     device: torch.device | str = "cpu",
     attn_implementation: str = "sdpa",
     local_files_only: bool = False,
+    revision: str | None = None,
 ) -> PreTrainedModel:
-    """Load the teacher: frozen, in eval mode, without cache, in `dtype` on `device`.
+    """Load the teacher: frozen, in eval mode, without cache, in `dtype` on `device`; of a hub id at a commit.
 
     Raises `UserError` for a folder without config or weights, or an architecture that is not supported.
     """
-    check_teacher_config(load_config(name, local_files_only=local_files_only), name)
+    where: dict[str, Any] = dict(local_files_only=local_files_only, revision=revision or "main")
+    check_teacher_config(load_config(name, **where), name)
     try:
-        teacher = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation=attn_implementation, local_files_only=local_files_only
-        )
+        options: dict[str, Any] = dict(dtype=dtype, attn_implementation=attn_implementation, **where)
+        teacher = AutoModelForCausalLM.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(_load_failure("teacher weights", name, local_files_only, error)) from error
     placed: Any = teacher
@@ -155,11 +158,12 @@ def get_student_model(
     attn_implementation: str = "sdpa",
     local_files_only: bool = False,
     expand: int = 1,
+    revision: str | None = None,
 ) -> LlambaForCausalLM:
     """Load the student from a hub id or folder, or build it to the teacher's sizes (`from_teacher`).
 
     attn_implementation: of the attention layers that a checkpoint of a hybrid holds. expand: mixer heads for each
-    attention head, with `from_teacher`.
+    attention head, with `from_teacher`. revision: commit of a hub id.
     Raises `UserError` when the checkpoint is incomplete, has keys too few, too many or misshapen, or when its
     vocabulary or sizes do not fit the teacher's (where one is given).
     """
@@ -170,7 +174,7 @@ def get_student_model(
     require_model_folder(name)
     try:
         options: dict[str, Any] = dict(attn_implementation=attn_implementation, local_files_only=local_files_only)
-        student = LlambaForCausalLM.load(name, dtype=dtype, **options)
+        student = LlambaForCausalLM.load(name, dtype=dtype, revision=revision, **options)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(_load_failure("student", name, local_files_only, error)) from error
     if teacher is not None:

@@ -93,6 +93,7 @@ def distill(args: argparse.Namespace, ranks: Any) -> int:
             inputs = ranks.together(lambda: check_inputs(args, student, names, origins, ranks))
             session.estimate, text = inputs.estimate, inputs.text
             loaders = ranks.together(lambda: text.open(names, fresh=session.resumed_from is None))
+            origins.check_same(ranks.gather(origins.commits))
             session.models = ranks.together(lambda: build_models(args, student, inputs, devices, ranks))
             ranks.together(session.begin)
             signals.leave_at_once = False

@@ -4,22 +4,30 @@ import re
 from pathlib import Path
 from typing import Any
 
+from checkpoints.origins import recorded_commits
+
 
 def model_card(metadata: dict[str, Any]) -> str:
     """Markdown with teacher, data, tokens, figures and flags of a checkpoint's `training_state.json`."""
     flags, progress = metadata["flags"], metadata["progress"]
-    text = [flags["dataset_name"]]
+    flags_of_text = ["dataset_name"]
     if flags["second_dataset_name"] and not flags["skip_stage2"]:
-        text.append(flags["second_dataset_name"])
+        flags_of_text.append("second_dataset_name")
+    text = [flags[flag] for flag in flags_of_text]
+    commits = recorded_commits(metadata)
+
+    def named(flag: str) -> str:
+        return f"`{flags[flag]}`" + (f" at commit {commits[flag]}" if flag in commits else "")
+
     rows = "\n".join(
         f"| `--{name}` | `{value}` |" for name, value in sorted(flags.items()) if value not in (None, "")
     )
     versions = ", ".join(f"{name} {version}" for name, version in metadata["versions"].items())
     layers = " ".join(map(str, metadata.get("attention_layers") or ())) or "none"
     lines = [
-        f"teacher: `{flags['teacher_model']}`, student started from `{flags['student_model']}`",
+        f"teacher: {named('teacher_model')}, student started from {named('student_model')}",
         f"attention layers kept: {layers}",
-        f"text: {', then '.join(f'`{name}`' for name in text)}",
+        f"text: {', then '.join(map(named, flags_of_text))}",
         f"trained on {progress['tokens']:,} tokens in {progress['optimizer_step']:,} optimizer steps",
         *held_out(progress, flags["eval_dataset"]),
         f"made with {versions}",

@@ -19,6 +19,7 @@ def load_student(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str = "sdpa",
     local_files_only: bool = False,
+    revision: str | None = None,
 ) -> Any:
     """Load a local folder or hub id: model.safetensors, sharded safetensors or pytorch_model.bin (weights only).
 
@@ -35,6 +36,7 @@ def load_student(
                 dtype=dtype,
                 attn_implementation=attn_implementation,
                 local_files_only=local_files_only,
+                revision=revision or "main",
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 weights_only=True,

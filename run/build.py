@@ -65,12 +65,16 @@ def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, 
     options = dict(attn_implementation=args.attn_implementation, local_files_only=True)
     teacher: Any = None
     if inputs.teacher_need != "never":
-        fetch_model("--teacher_model", args.teacher_model, args, weights=True)
-        teacher = get_teacher_model(args.teacher_model, dtype=dtype, device=teacher_device, **options)
-    fetch_model("--student_model", student_source, args, weights=True)
+        commit = text.origins.commits.get("teacher_model")
+        fetch_model("--teacher_model", args.teacher_model, args, weights=True, commit=commit)
+        teacher = get_teacher_model(
+            args.teacher_model, dtype=dtype, device=teacher_device, revision=commit, **options
+        )
+    commit = text.origins.commits.get("student_model")
+    commit = fetch_model("--student_model", student_source, args, weights=True, commit=commit)
     parameter_dtype = torch.float32 if dtype == torch.float16 else dtype
     student = get_student_model(
-        student_source, teacher, dtype=parameter_dtype, device=device, expand=args.expand, **options
+        student_source, teacher, dtype=parameter_dtype, device=device, expand=args.expand, revision=commit, **options
     )
     if is_distilled(student.config):
         log.info("%s is a distilled student: its weights, sizes and layers are kept as they are", student_source)

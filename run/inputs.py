@@ -43,10 +43,15 @@ def check_inputs(
 
     names: of the stages that are still to run.
     """
-    fetch_model("--teacher_model", args.teacher_model, args)
-    teacher = load_config(args.teacher_model, local_files_only=True)
+    commits: Any = origins.commits
+    origins.note(
+        "teacher_model", fetch_model("--teacher_model", args.teacher_model, args, commit=commits.get("teacher_model"))
+    )
+    local: dict[str, Any] = dict(local_files_only=True, revision=commits.get("teacher_model"))
+    teacher = load_config(args.teacher_model, **local)
     check_teacher_config(teacher, args.teacher_model)
-    fetch_model("--student_model", student_source, args)
+    found = fetch_model("--student_model", student_source, args, commit=commits.get("student_model"))
+    origins.note("student_model", found)  # of a checkpoint there is none, and the one that is recorded stays
     if args.layer_weight and teacher.num_hidden_layers < 2:
         raise UserError("--layer_weight: the teacher has one layer, which the loss matches already; leave it out")
     longest = teacher.max_position_embeddings
@@ -59,7 +64,7 @@ def check_inputs(
     if student_source == FROM_TEACHER:
         student = student_config(teacher, args.expand)
     else:
-        student = load_config(student_source, config_class=LlambaConfig, local_files_only=True)
+        student = load_config(student_source, config_class=LlambaConfig, local_files_only=True, revision=found)
         check_pair(student, teacher, student_source)
     check_layers(args.layers, teacher.num_hidden_layers)
     need = teacher_need(args, names, fresh=not is_distilled(student))
@@ -70,7 +75,7 @@ def check_inputs(
         log.info("estimated peak of a step: %s; free %.1f of %.1f GiB", estimate.describe(), free / GIB, total / GIB)
     if way in ("ddp", "fsdp"):
         log.info("%d ranks, %s", ranks.world_size, "replicated" if way == "ddp" else "sharded")
-    text = RunText(args, get_tokenizer(args.teacher_model, local_files_only=True), ranks, origins)
+    text = RunText(args, get_tokenizer(args.teacher_model, **local), ranks, origins)
     return Inputs(text, estimate, need, way)
 
 

@@ -89,9 +89,10 @@ class Session:
                 "(--resume_force goes on all the same; a new --output_dir starts anew)"
             )
         self.finished = metadata.get("finished", False)
-        self.origins = Origins.recorded(metadata)
         if not self.finished:
             self.trainer_state = read_trainer_state(folder)
+        self.origins = Origins.recorded(metadata, vars(self.args), self.trainer_state.get("loader"))
+        if not self.finished:
             self.progress = Progress(**metadata["progress"], loader=self.trainer_state["loader"])
             self.micro_steps_saved = self.progress.micro_step
             if before != now:
@@ -274,7 +275,8 @@ class Session:
         """The line for a run that is out of memory; on the CPU the estimate is made only now."""
         args, models = self.args, self.models
         if self.estimate is None and models is not None:
-            teacher = load_config(args.teacher_model, local_files_only=True)
+            commit = self.origins.commits.get("teacher_model")
+            teacher = load_config(args.teacher_model, local_files_only=True, revision=commit)
             need: TeacherNeed = "never" if models.teacher is None else "throughout"
             self.estimate = estimate_memory(teacher, models.student.config, args, teacher_need=need)
         if self.estimate is None:

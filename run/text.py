@@ -49,6 +49,7 @@ class RunText:
         loader = self._loader(name, self.ranks)
         source = loader.dataset.source
         log.info("%s reads %s: %s files of %s bytes", name, source.name, f"{len(source.files):,}", f"{source.size:,}")
+        self.origins.note("second_dataset_name" if name == "stage2" else "dataset_name", source.commit)
         return loader
 
     def _loader(self, name: str, ranks: Ranks) -> TextLoader:
@@ -82,7 +83,7 @@ class RunText:
                 flag="--second_dataset",
                 subset=args.second_dataset_subset,
                 split=args.second_dataset_split,
-                revision=args.second_dataset_revision,
+                revision=self._revision("second_dataset_name", args.second_dataset_revision),
                 text_field=args.second_dataset_text_field,
                 **shared,
             )
@@ -90,11 +91,15 @@ class RunText:
             name=args.dataset_name,
             subset=args.dataset_subset,
             split=args.dataset_split,
-            revision=args.dataset_revision,
+            revision=self._revision("dataset_name", args.dataset_revision),
             text_field=args.dataset_text_field,
             streaming=not args.no_dataset_streaming,
             **shared,
         )
+
+    def _revision(self, flag: str, given: str | None = None) -> str | None:
+        """The commit that the run was begun with, else what the flags say."""
+        return self.origins.commits.get(flag, given)
 
     def calibration_tokens(self, name: str) -> torch.Tensor:
         """A few sequences of a stage's own text, equal on every rank, int64 [CALIBRATION_SEQUENCES, seq_length]."""
@@ -121,6 +126,7 @@ class RunText:
                 epochs=1,
                 document_reset=args.document_reset and self.origins.text_version > 1,
             )
+            self.origins.note("eval_dataset", self._held_out.dataset.source.commit)
             self._beginning = self._held_out.state_dict()
         self._held_out.load_state_dict(self._beginning)
         return self._held_out
@@ -137,6 +143,7 @@ class RunText:
             flag="--eval_dataset",
             subset=subset,
             split=split,
+            revision=self._revision("eval_dataset"),
             text_field=args.eval_dataset_text_field,
             shuffle_buffer=0,
             on_bad_data=args.on_bad_data,
@@ -150,7 +157,8 @@ class RunText:
         args = self.args
         if not args.choice_dataset:
             return self._loader("stage1", Ranks())
-        source = dict(name=args.choice_dataset, flag="--choice_dataset", subset="", split="train", revision=None)
+        source: dict[str, Any] = dict(name=args.choice_dataset, flag="--choice_dataset", subset="", split="train")
+        source["revision"] = self._revision("choice_dataset")
         return build_loader(
             replace(self.source("stage1"), streaming=True, **source),
             self.tokenizer,
@@ -165,6 +173,8 @@ class RunText:
         """Raise a `UserError` where `--layers auto:K` would choose on the text that figures are reported on."""
         args = self.args
         chosen_on = self.choice_loader().dataset.source
+        if args.choice_dataset:
+            self.origins.note("choice_dataset", chosen_on.commit)
         if not args.eval_dataset:
             return
         both = sorted(chosen_on.places() & self.held_out_loader().dataset.source.places())

@@ -106,7 +106,7 @@ def test_the_tests_that_the_table_of_faults_names_exist():
 def test_the_demo_ends_as_the_readme_says():
     """The lines of the expected ending begin as tests/demo.py prints them."""
     ending = next(block.code for block in blocks("README.md") if block.code.startswith("Both stages took"))
-    printed = read("tests/demo.py").replace('\\n', "\n")
+    printed = read("tests/demo.py").replace("\\n", "\n")
     for line in filter(None, ending.splitlines()):
         beginning = re.split(r"[\d./]|: ", line)[0]
         assert beginning in printed, line

@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,8 @@ def find_files(spec: SourceSpec, commit: str | None = None) -> TextSource:
     from huggingface_hub import constants
 
     if spec.local_files_only or constants.HF_HUB_OFFLINE:
-        return _local_source(spec, files_from_caches(spec), patience)
+        files, found = files_from_caches(replace(spec, revision=commit or spec.revision))
+        return replace(_local_source(spec, files, patience), commit=found)
     listing = list_hub_files(spec.name, spec.subset, spec.split, commit or spec.revision, patience, spec.flag)
     files = [_hub_file(listing.repo, listing.commit, path, patience) for path in listing.paths if data_format(path)]
     if not files:
@@ -233,8 +234,11 @@ def _readme_files(folder: Path, subset: str, split: str) -> list[Path]:
     return [folder / Path(file).relative_to(folder.resolve()) for file in files if data_format(file)]
 
 
-def files_from_caches(spec: SourceSpec) -> list[TextFile]:
-    """A Hub dataset's files from HF_HOME and HF_DATASETS_CACHE alone; raises `UserError` with what is missing."""
+def files_from_caches(spec: SourceSpec) -> tuple[list[TextFile], str | None]:
+    """A Hub dataset's files from HF_HOME and HF_DATASETS_CACHE alone, and their commit where it is known.
+
+    Raises `UserError` with what is missing.
+    """
     snapshot, arrow = cached_files(spec.name, spec.subset, spec.split, spec.revision)
     files: list[TextFile] = []
     if snapshot is not None and _data_paths(snapshot):
@@ -242,6 +246,7 @@ def files_from_caches(spec: SourceSpec) -> list[TextFile]:
         configured = bool(_readme_files(snapshot, spec.subset, spec.split))
         if not spec.subset or configured or any(folder.is_dir() for folder in folders):
             files = local_files(snapshot, spec.subset, spec.split, spec.flag)
+    commit = snapshot.name if snapshot is not None and files else None
     files = files or [_local_file(Path(path), Path(path).parent) for path in arrow]
     if not files:
         subset = f", subset {spec.subset}" if spec.subset else ""
@@ -250,7 +255,7 @@ def files_from_caches(spec: SourceSpec) -> list[TextFile]:
             f"{spec.revision or 'main'}, is not in the caches {cache_folders()}"
         )
     log.info("%s: %d files from the caches", spec.name, len(files))
-    return files
+    return files, commit
 
 
 def choose_column(spec: SourceSpec, files: list[TextFile]) -> tuple[str, bool]:

@@ -44,6 +44,8 @@ class LoopbackHub:
 
     def __init__(self) -> None:
         self.repositories: dict[tuple[str, str], Path] = {}
+        self.heads: dict[tuple[str, str], str] = {}  # commits of those that were pushed to
+        self.earlier: dict[tuple[str, str, str], Path] = {}  # what they were before, by their commit
         self.gated: set[str] = set()
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str, str | None]] = []
@@ -69,6 +71,11 @@ class LoopbackHub:
         self.repositories[kind, name] = folder
         if gated:
             self.gated.add(name)
+
+    def push(self, kind: str, name: str, folder: Path, commit: str) -> None:
+        """Let a repository's head be `folder`; what it was before can still be asked for by its commit."""
+        self.earlier[kind, name, self.heads.get((kind, name), COMMIT)] = self.repositories[kind, name]
+        self.repositories[kind, name], self.heads[kind, name] = folder, commit
 
     def fail(self, match: str, kind: str, **options: Any) -> None:
         """Arrange a fault for the next requests whose path contains `match`."""
@@ -133,24 +140,29 @@ class _Handler(Uploads, BaseHTTPRequestHandler):
             return self._api(api, urllib.parse.parse_qs(url.query))
         file = re.fullmatch(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         if file:
-            return self._file(file[1] or "models", file[2], file[4])
+            return self._file(file[1] or "models", file[2], file[3], file[4])
         return self._json({"error": "not found"}, 404)
 
-    def _folder(self, kind: str, name: str) -> Path | None:
-        """The repository's folder; answers 401 or 404 itself where there is none to be had."""
+    def _folder(self, kind: str, name: str, revision: str | None) -> Path | None:
+        """The repository's folder at a revision, whose commit is then in `self.commit`.
+
+        Answers 401 or 404 itself where there is none to be had.
+        """
         if name in self.hub.gated and not self.headers.get("Authorization"):
             message = f"Access to {name} is restricted. You must have access to it and be authenticated."
             headers = {"X-Error-Code": "GatedRepo", "X-Error-Message": message}
             self._json({"error": message}, 401, headers)
             return None
-        folder = self.hub.repositories.get((kind, name))
+        folder = self.hub.earlier.get((kind, name, revision or ""))
+        self.commit = revision if folder and revision else self.hub.heads.get((kind, name), COMMIT)
+        folder = folder or self.hub.repositories.get((kind, name))
         if folder is None:
             self._json({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
         return folder
 
     def _api(self, match: re.Match[str], query: dict[str, list[str]]) -> None:
-        kind, name, verb, _, rest = match.groups()
-        folder = self._folder(kind, name)
+        kind, name, verb, revision, rest = match.groups()
+        folder = self._folder(kind, name, revision)
         if folder is None:
             return None
         files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -168,7 +180,7 @@ class _Handler(Uploads, BaseHTTPRequestHandler):
             there = [folder / path for path in wanted if (folder / path).exists()]
             return self._json([self._entry(folder, path) for path in there])
         siblings = [{"rfilename": str(path.relative_to(folder))} for path in files]
-        info = {"id": name, "sha": COMMIT, "private": False, "gated": False, "disabled": False, "tags": []}
+        info = {"id": name, "sha": self.commit, "private": False, "gated": False, "disabled": False, "tags": []}
         return self._json({**info, "siblings": siblings, "downloads": 0, "likes": 0, "lastModified": DATE})
 
     def _entry(self, folder: Path, path: Path) -> dict[str, Any]:
@@ -181,14 +193,14 @@ class _Handler(Uploads, BaseHTTPRequestHandler):
             entry["lfs"] = {"oid": digest(content), "size": len(content), "pointerSize": 130}
         return entry
 
-    def _file(self, kind: str, name: str, path: str) -> None:
-        folder = self._folder(kind, name)
+    def _file(self, kind: str, name: str, revision: str, path: str) -> None:
+        folder = self._folder(kind, name, revision)
         if folder is None:
             return None
         if not (folder / path).is_file():
             return self._json({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
         content = (folder / path).read_bytes()
-        headers = {"ETag": f'"{digest(content)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {"ETag": f'"{digest(content)}"', "X-Repo-Commit": self.commit, "Accept-Ranges": "bytes"}
         headers["X-Linked-Size"], headers["X-Linked-ETag"] = str(len(content)), f'"{digest(content)}"'
         status, wanted = 200, re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if wanted:

@@ -5,9 +5,9 @@ import shutil
 import pytest
 
 from helpers import runs
-from helpers.hub_server import LoopbackHub
+from helpers.hub_server import COMMIT, LoopbackHub
 
-WEIGHTS = "/resolve/main/model.safetensors"
+WEIGHTS = f"/resolve/{COMMIT}/model.safetensors"
 
 
 @pytest.fixture(scope="module")
