@@ -76,14 +76,11 @@ def distill(args: argparse.Namespace, ranks: Any) -> int:
         enable_determinism()
     seed_everything(args.seed)
     with contextlib.ExitStack() as held:
-
-        def lock_folder() -> None:
-            held.enter_context(RunLock(Path(args.output_dir)))
-
-        ranks.first(lock_folder)
+        lock = RunLock(Path(args.output_dir))  # the first rank's alone is taken; it alone writes
+        ranks.first(lambda: held.enter_context(lock) and None)
         signals = held.enter_context(StopSignals())
         signals.leave_at_once = True  # nothing to save before the first step
-        session = ranks.together(lambda: Session(args, signals, ranks))
+        session = ranks.together(lambda: Session(args, signals, ranks, lock))
         try:
             if session.finished:
                 log.info("%s holds a finished run: nothing to do", args.output_dir)
@@ -124,6 +121,7 @@ def prepare_stage(args: argparse.Namespace, name: str, session: Any, inputs: Any
 
 def failure_status(error: Exception, session: Any) -> int:
     """One line for what a run cannot go on from, and its exit status; anything unexpected is raised again."""
+    from checkpoints.lock import LockTaken
     from distill.gradient_check import UntrainedTensors
     from distill.meter import TooManyBadSteps
     from hardware.memory import is_out_of_memory
@@ -138,9 +136,9 @@ def failure_status(error: Exception, session: Any) -> int:
         session.ranks.report(error)
         return 3
     reported = session.ranks.reported()
-    if isinstance(error, TooManyBadSteps | DataStreamLost | RankFailed | UntrainedTensors):
+    if isinstance(error, TooManyBadSteps | DataStreamLost | LockTaken | RankFailed | UntrainedTensors):
         session.leave_together()
-        if error.__cause__ is not None and not isinstance(error.__cause__, DataStreamLost):
+        if error.__cause__ is not None and not isinstance(error.__cause__, DataStreamLost | LockTaken):
             log.error("what went wrong on this rank:", exc_info=error.__cause__)
         saved = session.store.folder.complete()
         log.error("stopped, %s: %s", "with a checkpoint" if saved else "before the first checkpoint", error)

@@ -167,12 +167,13 @@ class AgreedWindows:
 
     def __iter__(self) -> Iterator[list[DeviceBatch]]:
         while True:
-            window, failure = None, None
+            window, stop, failure = None, False, None
             try:
+                stop = self.services.stop_requested()
                 window = next(self.windows, None)
             except Exception as error:
                 failure = error
-            stop, over = self.ranks.agree(self.services.stop_requested(), window is None, failure=failure)
+            stop, over = self.ranks.agree(stop, window is None, failure=failure)
             self.stopped = stop
             if stop or over or window is None:
                 return

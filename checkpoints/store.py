@@ -99,13 +99,20 @@ class CheckpointStore:
     """The checkpoints of one output folder: `checkpoint-<step>` and `final`.
 
     A save never raises: what goes wrong is one line to `log`, and the next interval tries again. `blocked_seconds`
-    and `total_seconds` are the last save's.
+    and `total_seconds` are the last save's. Nothing is written once `held()` says that the folder is another run's.
     """
 
     def __init__(
-        self, output_dir: Path, *, keep: int = 2, log: Callable[[str], Any] = print, asynchronous: bool = True
+        self,
+        output_dir: Path,
+        *,
+        keep: int = 2,
+        log: Callable[[str], Any] = print,
+        asynchronous: bool = True,
+        held: Callable[[], bool] = lambda: True,
     ):
         self.output_dir, self.keep, self.log, self.asynchronous = Path(output_dir), keep, log, asynchronous
+        self.held = held
         self.blocked_seconds = self.total_seconds = 0.0
         self.succeeded = True
         self._thread: threading.Thread | None = None
@@ -241,6 +248,7 @@ class CheckpointStore:
         logger.debug("%s was not saved", name, exc_info=error)
 
     def _write_folder(self, job: Job) -> None:
+        self._check_held()
         self.folder.check_mount()
         link = self._frozen_source(job)
         self._check_space(job, linked=link is not None)
@@ -255,9 +263,14 @@ class CheckpointStore:
             manifest = {"serial": self.folder.next_serial(), "best": best, "files": entries}
             write_bytes(temporary / MANIFEST, json.dumps(manifest, indent=2).encode())
             sync_folder(temporary)
+            self._check_held()
             self.folder.publish(temporary, job.name)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+    def _check_held(self) -> None:
+        if not self.held():
+            raise RuntimeError("another run has taken this folder over")
 
     def _write_large(self, folder: Path, job: Job, link: Path | None) -> dict[str, Any]:
         """Weights and trainer state: side by side where training can spare the cores, else one after the other."""

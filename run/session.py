@@ -14,6 +14,7 @@ import torch
 
 from arguments import read_prompts
 from checkpoints.files import distinct_weights
+from checkpoints.lock import RunLock
 from checkpoints.model_card import model_card
 from checkpoints.origins import Origins, flags_as_made
 from checkpoints.run_state import changed_flags, read_metadata, read_trainer_state, rng_state, set_rng_state
@@ -44,10 +45,10 @@ log = logging.getLogger(__name__)
 class Session:
     """One run from its first step to its last, across as many processes as it takes."""
 
-    def __init__(self, args: argparse.Namespace, signals: StopSignals, ranks: Ranks):
-        self.args, self.signals, self.ranks = args, signals, ranks
+    def __init__(self, args: argparse.Namespace, signals: StopSignals, ranks: Ranks, lock: RunLock):
+        self.args, self.signals, self.ranks, self.lock = args, signals, ranks, lock
         self.output_dir = Path(args.output_dir)
-        self.store = CheckpointStore(self.output_dir, keep=args.keep_checkpoints, log=log.warning)
+        self.store = CheckpointStore(self.output_dir, keep=args.keep_checkpoints, log=log.warning, held=lock.held)
         self.progress = Progress()
         self.clock = SaveClock(args.save_minutes)
         self.models: Models | None = None
@@ -72,6 +73,7 @@ class Session:
             mode=args.wandb_mode,
             run_id=wandb_id,
             main_process=ranks.is_first,
+            held=lock.held,
         )
         if not self.finished:
             self.tracker.truncate_after(self.progress.optimizer_step if self.resumed_from else -1)
@@ -174,7 +176,7 @@ class Session:
             log_metrics=self.log_metrics,
             save=self.save,
             save_due=self.save_due,
-            stop_requested=lambda: self.signals.stop_requested,
+            stop_requested=self.stop_requested,
             save_requested=self.signals.take_save_request,
             evaluate=self.evaluate if args.eval_dataset else None,
             diagnose=self.diagnose,
@@ -184,6 +186,11 @@ class Session:
             max_bad_steps=args.max_bad_steps,
             save_before_raising=(TooManyBadSteps, RankFailed, SharedMistake, DataStreamLost, BadData),
         )
+
+    def stop_requested(self) -> bool:
+        """Whether a signal asks to stop; raises `LockTaken` once the folder is another run's."""
+        self.lock.check()
+        return self.signals.stop_requested
 
     def log_metrics(self, step: int, figures: dict[str, Any]) -> None:
         if not figures:  # of an evaluation that was cut short
@@ -303,6 +310,7 @@ class Session:
             log.warning("loss.png could not be drawn: %s", error)
 
     def _check_written(self) -> None:
+        self.lock.check()
         if not self.store.wait():
             raise UserError(f"--output_dir {self.output_dir}: the final model could not be written (see the log)")
 

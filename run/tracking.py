@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,10 @@ class Tracker:
         mode: str = "online",
         run_id: str | None = None,
         main_process: bool = True,
+        held: Callable[[], bool] = lambda: True,
     ):
         self.path = output_dir / "metrics.jsonl"
-        self.main_process = main_process
+        self.main_process, self.held = main_process, held
         self.bar = ProgressBar(None if main_process else False)
         self.wandb: Any = None
         self.writable, self.last_mark, self.stages_begun = True, ("", -1), 0
@@ -71,7 +73,7 @@ class Tracker:
 
     def log(self, figures: dict[str, Any], *, step: int) -> None:
         """One line of metrics.jsonl (non-finite numbers become null) and one W&B row."""
-        if not self.main_process:
+        if not (self.main_process and self.held()):
             return
         row = {"step": step, **figures}
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
@@ -129,7 +131,7 @@ class Tracker:
 
     def samples(self, columns: list[str], rows: list[list[Any]], *, step: int) -> None:
         """Sample texts: a line each in samples.jsonl, and a W&B table."""
-        if not self.main_process:
+        if not (self.main_process and self.held()):
             return
         lines = [json.dumps({"step": step, **dict(zip(columns, row))}, ensure_ascii=False) for row in rows]
         try:

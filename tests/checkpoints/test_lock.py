@@ -5,13 +5,18 @@ import os
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
 from checkpoints import lock as run_lock
-from checkpoints.lock import RunLock, process_start
+from checkpoints.lock import LockTaken, RunLock, process_start
+from conftest import ROOT
+from helpers import runs
+from helpers.launching import wait_until
 from helpers.scripts import Script
 from utils import UserError
 
@@ -58,7 +63,8 @@ def test_the_lock_goes_with_the_run_and_the_folder_is_made(tmp_path):
     for _ in range(2):
         with RunLock(folder, log=pytest.fail):
             held = json.loads((folder / "run.lock").read_text())
-            assert held == {"pid": os.getpid(), "host": socket.gethostname(), "started": process_start(os.getpid())}
+            started = process_start(os.getpid())
+            assert held | {"pid": os.getpid(), "host": socket.gethostname(), "started": started} == held
             with pytest.raises(UserError, match=f"process {os.getpid()} "), RunLock(folder):
                 pass
         assert list(folder.iterdir()) == []
@@ -89,17 +95,6 @@ def test_a_lock_file_that_says_nothing_is_no_obstacle(tmp_path, held):
     (tmp_path / "run.lock").write_text(held)
     with RunLock(tmp_path):
         assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
-
-
-def test_another_hosts_lock_is_for_the_user_to_judge(tmp_path):
-    held = '{"pid": 12, "host": "elsewhere", "started": "1"}'
-    (tmp_path / "run.lock").write_text(held)
-    with (
-        pytest.raises(UserError, match=r"process 12 on elsewhere; if that run is gone, remove .*run\.lock"),
-        RunLock(tmp_path),
-    ):
-        pass
-    assert (tmp_path / "run.lock").read_text() == held
 
 
 def test_without_kernel_locks_pid_and_start_time_decide(tmp_path, monkeypatch):
@@ -146,3 +141,126 @@ def test_a_folder_that_cannot_be_locked_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot lock it"), RunLock(tmp_path / "file" / "run"):
         pass
+
+
+# another host's lock
+
+ELSEWHERE = """
+import socket
+from pathlib import Path
+socket.gethostname = lambda: "elsewhere"
+from checkpoints.lock import RunLock
+with RunLock(Path({folder!r}), beat=0.2) as lock:
+    print("locked")
+    while lock.held():
+        time.sleep(0.1)
+    print("taken")
+"""
+WATCH = 3.0
+
+
+def hold_elsewhere(folder: Path) -> Script:
+    script = Script(ELSEWHERE.format(folder=str(folder)))
+    assert script.line() == "locked"
+    return script
+
+
+def test_another_hosts_lock_that_beats_is_left_alone(tmp_path):
+    script = hold_elsewhere(tmp_path)
+    lines: list[str] = []
+    with (
+        pytest.raises(UserError, match=f"is in use by process {script.process.pid} on elsewhere"),
+        RunLock(tmp_path, log=lines.append, watch=WATCH),
+    ):
+        pass
+    assert "watching for 3 s" in lines[0] and len(lines) == 1
+    script.send(signal.SIGKILL)
+    script.process.wait()
+
+
+def test_another_hosts_lock_without_a_beat_is_taken_over(tmp_path):
+    script = hold_elsewhere(tmp_path)
+    script.process.kill()
+    script.process.wait()
+    lines: list[str] = []
+    began = time.monotonic()
+    with RunLock(tmp_path, log=lines.append, watch=WATCH):
+        assert time.monotonic() - began > WATCH
+        assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
+        assert lines[1] == (
+            f"{tmp_path}/run.lock: the lock of process {script.process.pid} on elsewhere, which gave no sign of life "
+            "for 3 s, is taken over"
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_of_a_version_without_beats_is_watched_too(tmp_path):
+    (tmp_path / "run.lock").write_text('{"pid": 12, "host": "elsewhere", "started": "1"}')
+    with RunLock(tmp_path, log=lambda line: None, watch=0.5) as lock:
+        assert lock.held()
+
+
+def test_a_holder_that_was_suspended_finds_its_lock_taken(tmp_path):
+    """It neither writes a beat into the other's file nor removes it at its end."""
+    script = hold_elsewhere(tmp_path)
+    script.send(signal.SIGSTOP)
+    with RunLock(tmp_path, log=lambda line: None, watch=WATCH, beat=0.2) as lock:
+        script.send(signal.SIGCONT)
+        assert script.end() == (0, "taken")
+        time.sleep(0.5)
+        assert lock.held() and json.loads((tmp_path / "run.lock").read_text())["run"] == lock.run
+
+
+def test_a_lock_file_whose_mount_is_gone_is_nobody_elses(tmp_path):
+    with RunLock(tmp_path / "run", beat=0.05) as lock:
+        (tmp_path / "run").rename(tmp_path / "away")
+        time.sleep(0.2)
+        assert lock.held()
+        (tmp_path / "away").rename(tmp_path / "run")
+        assert lock.held()
+        lock.check()
+        (tmp_path / "run" / "run.lock").write_text('{"pid": 3, "host": "elsewhere", "started": null, "run": "other"}')
+        time.sleep(0.2)
+        with pytest.raises(LockTaken, match="taken over by process 3 on elsewhere; this run writes nothing more"):
+            lock.check()
+
+
+def test_of_many_that_watch_one_takes_the_lock(tmp_path):
+    (tmp_path / "run.lock").write_text('{"pid": 12, "host": "elsewhere", "started": "1"}')
+    code = f"""
+import socket, sys
+from pathlib import Path
+from utils import UserError
+from checkpoints.lock import RunLock
+socket.gethostname = lambda: f"host-{{os.getpid()}}"
+at = {time.time() + 4}
+time.sleep(max(0, at - time.time()))
+try:
+    with RunLock(Path({str(tmp_path)!r}), watch=2.0, beat=0.2):
+        print("locked")
+        time.sleep(6)
+except UserError:
+    print("refused")
+"""
+    outcomes = [script.end()[1] for script in [Script(code) for _ in range(4)]]
+    assert sorted(outcomes) == ["locked"] + ["refused"] * 3
+
+
+@pytest.mark.slow
+def test_a_run_whose_folder_was_taken_stops_without_writing(tiny_teacher, sources, tmp_path):
+    flags = runs.flags(tiny_teacher, sources, tmp_path, skip_stage2=True, max_steps=100_000, save_interval=20)
+    log = tempfile.TemporaryFile("w+")  # noqa: SIM115  it lives as long as the process
+    command = [sys.executable, str(ROOT / "tests/helpers/train_elsewhere.py"), *flags]
+    run = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    wait_until(lambda: list(tmp_path.glob("checkpoint-*/manifest.json")) or run.poll() is not None)
+    os.kill(run.pid, signal.SIGSTOP)
+    with RunLock(tmp_path, log=lambda line: None, watch=WATCH):
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != "run.lock"}
+        os.kill(run.pid, signal.SIGCONT)
+        assert run.wait(timeout=60) == 4
+        after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != "run.lock"}
+    log.seek(0)
+    assert "taken over by process" in log.read()
+    assert {path: moment for path, moment in after.items() if "/.tmp-" not in str(path)} == {
+        path: moment for path, moment in before.items() if "/.tmp-" not in str(path)
+    }
