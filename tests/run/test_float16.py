@@ -10,10 +10,10 @@ from helpers import runs
 from optim.build import build_optimizer
 from optim.step import clip_and_step
 
-# Its first losses overflow at the first scale, 65536: in a few steps the scale finds where they do not.
+# Each KD stage overflows at the first scale, 65536, and in two steps finds one at which it does not.
 OVERFLOWS = dict(
-    dtype="float16", kl_weight=2e5, max_steps=8, hidden_tokens=512, second_dataset_tokens=256, save_interval=2,
-    keep_checkpoints=99, max_bad_steps=50,
+    dtype="float16", kl_weight=1e3, max_steps=8, hidden_tokens=512, second_dataset_tokens=512, save_interval=2,
+    keep_checkpoints=99,
 )  # fmt: skip
 
 
@@ -28,13 +28,13 @@ def whole(tmp_path_factory, tiny_teacher, sources):
 @pytest.mark.parametrize("checkpoint", ["checkpoint-4", "checkpoint-10", "checkpoint-12"])
 def test_a_resumed_run_ends_with_the_same_float32_weights(checkpoint, whole, tiny_teacher, sources, tmp_path):
     """From the ends of the hidden stage and of stage 1, and from within stage 1, where the scale has moved."""
-    scale = read_trainer_state(whole / "checkpoint-10")["scaler"]["scale"]
-    assert scale < 65536 and runs.metrics(whole)[-1]["train/bad_steps"] > 0
+    bad = [row["train/bad_steps"] for row in runs.metrics(whole) if "train/loss" in row]
+    assert 0 < bad[9] == bad[11] < 4 and bad[11] < bad[15] < bad[11] + 4
     again = tmp_path / "again"
     runs.copy_up_to(whole, checkpoint, again)
     assert train.main(runs.flags(tiny_teacher, sources, again, **OVERFLOWS)) == 0
     assert runs.losses(again) == runs.losses(whole)
-    wanted, found = (read_trainer_state(folder / "checkpoint-14") for folder in (whole, again))
+    wanted, found = (read_trainer_state(folder / "checkpoint-16") for folder in (whole, again))
     assert wanted["scaler"] == found["scaler"]
     assert wanted["weights"].keys() == found["weights"].keys()
     for name, weight in wanted["weights"].items():
