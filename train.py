@@ -138,8 +138,9 @@ def failure_status(error: Exception, session: Any) -> int:
     reported = session.ranks.reported()
     if isinstance(error, TooManyBadSteps | DataStreamLost | LockTaken | RankFailed | UntrainedTensors):
         session.leave_together()
-        if error.__cause__ is not None and not isinstance(error.__cause__, DataStreamLost | LockTaken):
-            log.error("what went wrong on this rank:", exc_info=error.__cause__)
+        own = error.__cause__ if isinstance(error, RankFailed) else None  # what failed on this rank
+        if own is not None and not isinstance(own, DataStreamLost | LockTaken | TooManyBadSteps):
+            log.error("what went wrong on this rank:", exc_info=own)
         saved = session.store.folder.complete()
         log.error("stopped, %s: %s", "with a checkpoint" if saved else "before the first checkpoint", error)
         return 4
