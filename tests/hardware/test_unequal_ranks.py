@@ -5,6 +5,7 @@ import torch
 from test_parallel import launch
 
 import train
+from checkpoints.run_state import read_trainer_state
 from data import SourceSpec, build_loader
 from helpers import runs
 from model_utils import get_tokenizer
@@ -65,3 +66,22 @@ def test_unequal_ranks_equal_one(way, alone, text, tiny_teacher, tmp_path):
     weights, others = (runs.weights(folder / "final") for folder in (alone, tmp_path))
     for name, weight in weights.items():
         assert torch.linalg.vector_norm(others[name] - weight) <= 5e-5 * weight.norm(), name
+
+
+OVERFLOWS = {**UNEQUAL, "dtype": "float16", "kl_weight": 1e3, "epochs": 0, "max_steps": 6}
+
+
+def test_unequal_ranks_skip_an_overflow_together(text, tiny_teacher, tmp_path):
+    """An overflow in one rank's shards is one for all: DDP, with whole gradients on each, skips the same steps."""
+    runs_of = {}
+    for way in ("ddp", "fsdp"):
+        folder = tmp_path / way
+        launch(2, runs.flags(tiny_teacher, text, folder, batch_size=2, parallel=way, **OVERFLOWS))
+        scaler = read_trainer_state(folder / "checkpoint-8")["scaler"]
+        runs_of[way] = scaler, [row for row in runs.metrics(folder) if "train/loss" in row]
+    (scaler, rows), (other_scaler, others) = runs_of.values()
+    assert scaler == other_scaler and scaler["scale"] < 65536
+    assert [row["train/bad_steps"] for row in others] == [row["train/bad_steps"] for row in rows]
+    assert 0 < rows[-1]["train/bad_steps"] < 4
+    for row, other in zip(rows, others, strict=True):
+        assert other["train/loss"] == pytest.approx(row["train/loss"], rel=2e-3)
