@@ -18,14 +18,14 @@ from arguments import parse_arguments
 from conftest import ROOT, tiny_llama_config
 from helpers import runs
 from helpers.hub_server import LoopbackHub
-from helpers.pages import AWAITED, PAGES, Desk, blocks
+from helpers.pages import PAGES, Desk, blocks
 
 # Blocks that do not run here: a part of their text, or their page, and why.
 NOT_RUN = {
     "make demo": "the demo itself takes minutes, the suite would run itself",
     "pip install -r requirements.txt": "installs packages and asks for an account",
     "--tasks arc_easy": "needs lm-evaluation-harness and its data sets; tests/test_evaluate.py runs both commands",
-    "docs/schedulers.md": "needs a scheduler; tests/test_schedulers.py sends its signals",
+    "docs/schedulers.md": "needs a scheduler; tests/run/test_schedulers.py parses and runs its files",
 }
 # What is done before a block and after it, where a reader would wait, or knows what he has.
 UNTIL = "for try in $(seq 2400); do grep -q '{}' {} && break; sleep 0.1; done; grep -q '{}' {}"
@@ -142,11 +142,11 @@ def test_a_block_that_fails_is_seen(hub, tmp_path):
 def test_what_is_said_of_blocks_is_said_of_some(table):
     every = [block for page in RUN_HERE for block in blocks(page)]
     for part, said in table.items():
-        assert any(found_in({part: said}, block) for block in every) or part in AWAITED, part
+        assert any(found_in({part: said}, block) for block in every), part
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_flags_of_every_command_are_known(page, capsys):
+def test_flags_of_every_command_are_known(page):
     """Also of those that are not run: scripts by their own parsers, benchmarks by what they declare."""
     for block in blocks(page):
         for line in block.commands() if block.language == "bash" else ():

@@ -23,7 +23,6 @@ from typing import Any
 from conftest import ROOT
 
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")), "benchmarks/README.md"]
-AWAITED = {"docs/schedulers.md"}  # pages that are linked already
 SMALL = {
     "train.py": "--device cpu --max_steps ${STEPS:-2} --seq_length 64 --choice_tokens 128 --eval_tokens 256 "
     "--second_dataset_tokens 128 --second_dataset_epochs 1 --shuffle_buffer 16 --batch_size 1 --network_patience 5",
