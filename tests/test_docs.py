@@ -54,6 +54,10 @@ def found_in(table, block):
     return [said for part, said in table.items() if part in block.code or part == block.page]
 
 
+def runs_here(block):
+    return block.language in ("bash", "python") and not found_in(NOT_RUN, block)
+
+
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory, tokenizer_dir, documents):
     """The models and the text that the pages name, in a small size."""
@@ -115,12 +119,12 @@ RUN_HERE = [page for page in PAGES if not page.startswith("benchmarks")]  # thos
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in RUN_HERE if any(block.language for block in blocks(page))])
+@pytest.mark.parametrize("page", [page for page in RUN_HERE if any(map(runs_here, blocks(page)))])
 def test_every_block_runs_as_it_stands(page, hub, tmp_path, documents):
     with Desk(tmp_path, hub) as desk:
         furnish(desk.folder, documents)
         for block in blocks(page):
-            if block.language not in ("bash", "python") or found_in(NOT_RUN, block):
+            if not runs_here(block):
                 continue
             for code in (*found_in(BEFORE, block), block.code, *found_in(AFTER, block)):
                 status, output = desk.run(code, block.language if code is block.code else "bash")
