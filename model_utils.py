@@ -219,6 +219,18 @@ def is_distilled(config: LlambaConfig) -> bool:
     return getattr(config, "teacher_model", None) is not None
 
 
+def student_name(source: str, replaced: Collection[int]) -> str | None:
+    """The student's name of a teacher tensor, None for a known drop; raises `UserError` for one without a place."""
+    pattern, layer = _pattern(source)
+    if layer in replaced:
+        return source.replace("model.", "backbone.", 1)
+    if pattern in DROPPED:
+        return None
+    if pattern not in TRANSFER:
+        raise UserError(f"teacher tensor {source} has no place in the student and is not a known drop")
+    return TRANSFER[pattern].format(i=layer)
+
+
 @torch.no_grad()
 def transfer_teacher_weights(
     student: LlambaForCausalLM, teacher: PreTrainedModel, replaced: Collection[int] = ()

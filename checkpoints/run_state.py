@@ -14,12 +14,15 @@ from utils import UserError, mask_secrets
 
 
 def read_trainer_state(folder: Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """`trainer_state.pt`, read with torch's weights-only reader; raises `UserError` in one line."""
+    """`trainer_state.pt`, by torch's weights-only reader, its tensors mapped: only what is used of them is read.
+
+    Raises `UserError` in one line.
+    """
     path = Path(folder) / TRAINER_STATE
     if not path.is_file():
         raise UserError(f"{folder} holds no {TRAINER_STATE}: it can be a --student_model, but not be resumed")
     try:
-        return torch.load(path, map_location=map_location, weights_only=True)
+        return torch.load(path, map_location=map_location, weights_only=True, mmap=True)
     except Exception as error:  # whatever a damaged or hostile file makes of the reader, it is one line
         reason = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
         raise UserError(f"{path} is damaged or holds more than tensors ({reason[:160]})") from error

@@ -198,29 +198,39 @@ def calibrate_mixers(
     """
     errors: dict[int, float] = {}
     for visit in visit_layers(teacher.model, tokens):
-        index, inputs, outputs = visit.index, visit.u, visit.attended
-        if index in student.config.attention_layers:
-            continue
-        mixer = student.backbone.layers[index].mixer
-        weight = mixer.in_proj.weight
-        u = inputs.to(weight.device, weight.dtype)
-        wanted = outputs.to(weight.device, torch.float32)
-        mean = inputs.to(weight.device).float().mean(dim=(0, 1))
-        if half_lives is None:
-            lives = spread_over_copies(fitted_half_lives(mixer, visit), mixer.n_v_heads)
-        else:
-            lives = spread_half_lives(mixer.n_v_heads, half_lives).to(mean.device)
-        weight[-mixer.n_v_heads :].copy_(decay_rows(mean, lives))
-        factor = head_factors(mixer, u, wanted, per_head)
-        size = factor.abs().clamp(min=1e-6)
-        scale = torch.cat([(size**exponent).repeat_interleave(mixer.d_head) for exponent in split])
-        scale[: mixer.d_inner] *= factor.sign().repeat_interleave(mixer.d_head)
-        weight[: len(scale)] *= scale[:, None]
-        mixer.conv1d.bias *= scale
-        error = (mixer(u).float() - wanted).norm() / wanted.norm().clamp(min=1e-20)
-        errors[index] = error.item()
+        if visit.index not in student.config.attention_layers:
+            mixer = student.backbone.layers[visit.index].mixer
+            errors[visit.index] = calibrate_mixer(mixer, visit, half_lives=half_lives, split=split, per_head=per_head)
     log.info("mixers calibrated: mean relative error %.3f", sum(errors.values()) / max(len(errors), 1))
     return errors
+
+
+@torch.no_grad()
+def calibrate_mixer(
+    mixer: Any,
+    visit: LayerVisit,
+    *,
+    half_lives: tuple[float, float] | None = None,
+    split: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3),
+    per_head: bool = True,
+) -> float:
+    """`calibrate_mixers` for one mixer and the visit of its layer; returns the relative error of its output."""
+    weight = mixer.in_proj.weight
+    u = visit.u.to(weight.device, weight.dtype)
+    wanted = visit.attended.to(weight.device, torch.float32)
+    mean = visit.u.to(weight.device).float().mean(dim=(0, 1))
+    if half_lives is None:
+        lives = spread_over_copies(fitted_half_lives(mixer, visit), mixer.n_v_heads)
+    else:
+        lives = spread_half_lives(mixer.n_v_heads, half_lives).to(mean.device)
+    weight[-mixer.n_v_heads :].copy_(decay_rows(mean, lives))
+    factor = head_factors(mixer, u, wanted, per_head)
+    size = factor.abs().clamp(min=1e-6)
+    scale = torch.cat([(size**exponent).repeat_interleave(mixer.d_head) for exponent in split])
+    scale[: mixer.d_inner] *= factor.sign().repeat_interleave(mixer.d_head)
+    weight[: len(scale)] *= scale[:, None]
+    mixer.conv1d.bias *= scale
+    return ((mixer(u).float() - wanted).norm() / wanted.norm().clamp(min=1e-20)).item()
 
 
 def decay_rows(mean: torch.Tensor, lives: torch.Tensor) -> torch.Tensor:

@@ -123,7 +123,6 @@ class StepModel:
         there = there if self.same_device else 0.0
         whole = total * self.parameter_dtype.itemsize  # nothing is shared or let go of yet
         self.loading = {"teacher weights": there, "student weights": float(whole)}
-        there = there if self.teacher_need == "throughout" else 0.0
         if self.shards > 1:  # embeddings and heads are whole throughout a step; so are two of a teacher's layers
             ends, layers = (teacher - matrices) * size, self.student.config.n_layer
             if there and not self.args.teacher_fp8:  # whose codes are buffers, and not sharded
@@ -132,6 +131,8 @@ class StepModel:
             distinct = {p: p.numel() for p in (table, self.student.lm_head.weight)}
             own = (total / self.shards + sum(distinct.values())) * self.parameter_dtype.itemsize
             state /= self.shards
+            self.loading = {"teacher weights": there, "student weights": whole / self.shards}
+        there = there if self.teacher_need == "throughout" else 0.0
         return {"teacher weights": there, "student weights": own + copies, "optimizer state": state}
 
     def _trainable(self) -> list[nn.Parameter]:

@@ -168,7 +168,7 @@ def own_optimizer_state(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     mine: dict[int, dict[str, Any]] = {}
     for index, values in state["state"].items():
-        first, rows = _own_rows(parameters[index])
+        first, rows = own_rows(parameters[index])
         per = {name: value.shape[0] // parameters[index].shape[0] for name, value in values.items() if value.ndim}
         if rows:
             mine[index] = {
@@ -178,7 +178,7 @@ def own_optimizer_state(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]
     return {**state, "state": mine}
 
 
-def _own_rows(parameter: Any) -> tuple[int, int]:
+def own_rows(parameter: Any) -> tuple[int, int]:
     """(first row, number of rows) of a parameter's shard; FSDP2 cuts rows as torch.chunk does."""
     rows = parameter.to_local().shape[0]
     each = -(-parameter.shape[0] // parameter.device_mesh.size())
@@ -190,5 +190,5 @@ def copy_rows(parameter: Any, whole: Tensor) -> None:
     if not isinstance(parameter, DTensor):
         parameter.copy_(whole)
         return
-    first, rows = _own_rows(parameter)
+    first, rows = own_rows(parameter)
     parameter.to_local().copy_(whole[first : first + rows])

@@ -25,10 +25,11 @@ def compiles(args: argparse.Namespace) -> bool:
     return args.device.startswith("cuda") and not args.no_compile
 
 
-def accelerate(args: argparse.Namespace, models: Any, modes: str | Sequence[str]) -> None:
-    """Apply checkpointing, the fp8 teacher and compilation to a pair (`stages.Models`), in place.
+def accelerate(args: argparse.Namespace, models: Any, modes: str | Sequence[str], *, trial: bool = True) -> None:
+    """Apply checkpointing, the fp8 teacher and compilation to a pair (`build.Models`), in place.
 
-    If anything fails to compile, everything runs eagerly, and `args.no_compile` says so from then on.
+    If anything fails to compile, everything runs eagerly, and `args.no_compile` says so from then on. Without
+    `trial` that is left to `try_sharded`, for a pair that has no weights yet.
     """
     set_activation_checkpointing(models.student, modes)
     if args.teacher_fp8 and models.teacher is not None:
@@ -42,11 +43,40 @@ def accelerate(args: argparse.Namespace, models: Any, modes: str | Sequence[str]
     pair = [model for model in (models.teacher, models.student) if model is not None]
     for model in pair:
         compile_layers(model)
+    if not trial:
+        return
     if not compiles_here("a layer, the loss or the optimizer", functools.partial(trial_step, args, models)):
         args.no_compile = True
         for model in pair:
             uncompile_layers(model)
     models.student.zero_grad(set_to_none=True)
+
+
+def try_sharded(args: argparse.Namespace, models: Any) -> None:
+    """The trial of a pair that is sharded already: a whole step, on every rank; leaves no gradient behind."""
+    if not compiles(args):
+        return
+
+    def step() -> None:
+        tokens = torch.zeros((args.batch_size, args.seq_length), dtype=torch.long, device=models.device)
+        positions = None
+        if args.document_reset:  # two documents, so that attention gets its mask
+            positions = torch.arange(args.seq_length, device=models.device) % max(1, args.seq_length // 2)
+            positions = positions.expand(tokens.shape).contiguous()
+        hidden = models.hidden_states.backbone(tokens, positions) if args.kl_weight > 0 else None
+        valid = torch.ones_like(tokens, dtype=torch.bool)
+        one = torch.ones((), device=models.device)
+        models.step(tokens, tokens, valid, positions, hidden, one).loss.backward()
+        _try_optimizer(args, models.student)
+
+    if not compiles_here("a layer, the loss or the optimizer", step):
+        args.no_compile = True
+        models.step.reset_iter_state()
+        models.step.options["compile"] = False
+        for model in (models.teacher, models.student):
+            if model is not None:
+                uncompile_layers(model)
+    models.step.zero_grad(set_to_none=True)
 
 
 def trial_step(args: argparse.Namespace, models: Any) -> None:

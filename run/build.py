@@ -30,7 +30,8 @@ from model_utils import (
     transfer_teacher_weights,
 )
 from models import LlambaForCausalLM
-from run.acceleration import accelerate, compiles
+from run import sharded_build
+from run.acceleration import accelerate, compiles, try_sharded
 from run.inputs import Inputs
 from run.plan import stage_names
 from run.text import RunText
@@ -60,6 +61,8 @@ class Models:
 
 def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, devices: Any, ranks: Ranks) -> Models:
     """Load the pair and do the surgery, unless the student is a checkpoint that already had it."""
+    if starts_sharded(args, inputs, ranks):
+        return build_sharded(args, student_source, inputs, devices, ranks)
     (device, teacher_device), text = devices, inputs.text
     dtype = getattr(torch, args.dtype)
     options = dict(attn_implementation=args.attn_implementation, local_files_only=True)
@@ -107,6 +110,61 @@ def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, 
     on_cpu = "none" if args.gradient_checkpointing == "auto" else args.gradient_checkpointing
     accelerate(args, models, inputs.estimate.modes if inputs.estimate else on_cpu)
     connect(args, models, ranks)
+    return models
+
+
+def starts_sharded(args: argparse.Namespace, inputs: Inputs, ranks: Ranks) -> bool:
+    """True where FSDP2's shards can be made before any weight is read; a line says why where they cannot."""
+    if inputs.parallel != "fsdp":
+        return False
+    reasons = {
+        "the alignment stages": not {"matrix", "hidden"}.isdisjoint(inputs.names),
+        "--layers auto:K": auto_layers(args.layers) is not None,
+        "--teacher_device": serves_host(args, ranks),
+        "--teacher_fp8": args.teacher_fp8,
+    }
+    found = [reason for reason, applies in reasons.items() if applies]
+    if found:
+        log.warning("every rank loads whole models before it shards them: %s need them so", " and ".join(found))
+    return not found
+
+
+def build_sharded(
+    args: argparse.Namespace, student_source: str, inputs: Inputs, devices: Any, ranks: Ranks
+) -> Models:
+    """`build_models` for FSDP2: sharded on the meta device, then each rank reads its own rows."""
+    device, teacher_device = devices
+    commits = dict(inputs.text.origins.commits)
+    if inputs.teacher_need != "never":
+        commit = commits.get("teacher_model")
+        fetch_model("--teacher_model", args.teacher_model, args, weights=True, commit=commit)
+    found = fetch_model("--student_model", student_source, args, weights=True, commit=commits.get("student_model"))
+    sources = sharded_build.find_sources(
+        args.teacher_model, student_source, commits | ({"student_model": found} if found else {})
+    )
+    teacher, student = sharded_build.meta_pair(args, sources, device, inputs.teacher_need)
+    freeze(
+        student,
+        mlp=args.freeze_mlp,
+        replaced_layers=args.freeze_replaced_layers,
+        embeddings=args.freeze_embeddings,
+    )
+    student.train()
+    log.info(describe_parameters(student, teacher))
+    models = Models(teacher, student, inputs.text, device, teacher_device, getattr(torch, args.dtype))
+    models.whole_gradients = inputs.estimate is not None and inputs.estimate.whole_gradients
+    on_cpu = "none" if args.gradient_checkpointing == "auto" else args.gradient_checkpointing
+    accelerate(args, models, inputs.estimate.modes if inputs.estimate else on_cpu, trial=False)
+    connect(args, models, ranks)
+    distribute(args, models, "fsdp")
+    first = stage_names(args)[0]
+    sharded_build.fill(sources, models, lambda: inputs.text.calibration_tokens(first))
+    if inputs.teacher_need == "at the start":
+        models.teacher = models.teacher_head = models.hidden_states = None
+        models.step.teacher_head[0] = None
+        del teacher
+        gc.collect()
+    try_sharded(args, models)
     return models
 
 

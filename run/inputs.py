@@ -34,6 +34,7 @@ class Inputs:
     estimate: MemoryEstimate | None  # of a training step on a GPU
     teacher_need: TeacherNeed
     parallel: str = "none"  # or ddp, fsdp
+    names: Collection[str] = ()  # of the stages that are still to run
 
 
 def check_inputs(
@@ -76,7 +77,7 @@ def check_inputs(
     if way in ("ddp", "fsdp"):
         log.info("%d ranks, %s", ranks.world_size, "replicated" if way == "ddp" else "sharded")
     text = RunText(args, get_tokenizer(args.teacher_model, **local), ranks, origins)
-    return Inputs(text, estimate, need, way)
+    return Inputs(text, estimate, need, way, names)
 
 
 def settle_parallel(
