@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from arguments import parse_arguments
 from checkpoints.origins import Origins
-from hardware.parallel import launched
+from hardware.ranks import launched
 from run.build import build_models
 from run.inputs import Inputs
 
