@@ -74,7 +74,7 @@ def test_two_ranks_stop_together(way, tiny_teacher, sources, tmp_path):
 @pytest.mark.parametrize(
     "flags, named",
     [
-        ({"matrix_tokens": 256, "matrix_seq_length": 2}, "matrix: no gradient in D, out_proj.weight, z_bias: "),
+        ({"matrix_tokens": 8, "matrix_seq_length": 2}, "matrix: no gradient in D, out_proj.weight, z_bias: "),
         ({"seq_length": 1, "attn_implementation": "eager"}, "stage1: no gradient in self_attn.k_proj.weight, self_a"),
         ({"layers": [0, 1, 2, 3]}, "a student of replaced layers alone begins as its teacher"),
         ({"document_reset": True, "layer_weight": 1.0, "optimizer": "muon", "dtype": "bfloat16"}, None),
