@@ -20,6 +20,13 @@ from utils import UserError, mask_secrets
 FROM_TEACHER = "from_teacher"  # the --student_model that is built to the teacher's sizes
 
 
+class NotGiven(list):
+    """The layers of a run whose command names none: a default, unless the student has layers of its own."""
+
+
+DEFAULT_LAYERS = NotGiven([10, 14, 17, 30])  # Llama 3.1 8B has 32
+
+
 class Parser(argparse.ArgumentParser):
     """Reports a wrong flag in exactly one line, without the usage text."""
 
@@ -110,8 +117,9 @@ def build_parser() -> Parser:
         "--layers",
         type=layer,
         nargs="+",
-        default=[10, 14, 17, 30],
-        help="layers to replace by the teacher's; negative ones are ignored (-1: none); auto:K: K found by measuring",
+        default=DEFAULT_LAYERS,
+        help="layers to replace by the teacher's (a distilled student keeps its own); negative ones are ignored "
+        "(-1: none); auto:K: K found by measuring",
     )
     add("--expand", type=whole(1, 4), default=1, help="from_teacher: mixer heads for each attention head, at most 4")
     add("--choice_tokens", type=whole(1), default=8192, help="tokens of stage 1 or --choice_dataset for auto:K")
@@ -258,7 +266,17 @@ def build_parser() -> Parser:
     )
     add("--save_interval", type=whole(1), default=1_000_000, help="micro steps between checkpoints")
     add("--save_minutes", type=real(0), default=30.0, help="minutes between checkpoints; 0: off")
-    add("--keep_checkpoints", type=whole(1), default=2, help="checkpoints to keep; final is never pruned")
+    add(
+        "--keep_checkpoints",
+        type=whole(1),
+        default=2,
+        help="checkpoints to keep; final and stable-* are never pruned",
+    )
+    add(
+        "--no_stable_checkpoint",
+        action="store_true",
+        help="do not keep stable-*, the state before each stage's cooldown, from which a longer run goes on",
+    )
     add(
         "--resume",
         default="auto",
@@ -277,8 +295,8 @@ FREE_FLAGS = frozenset(
     "wandb wandb_project wandb_run_name wandb_entity wandb_mode eval_interval eval_dataset eval_tokens "
     "eval_dataset_subset eval_dataset_split eval_dataset_text_field "
     "diagnostics_interval sample_interval sample_prompts "
-    "output_dir save_interval save_minutes keep_checkpoints resume resume_force resume_step local_files_only "
-    "network_patience max_bad_steps deterministic".split()
+    "output_dir save_interval save_minutes keep_checkpoints no_stable_checkpoint resume resume_force resume_step "
+    "local_files_only network_patience max_bad_steps deterministic".split()
 )
 RESULT_FLAGS = frozenset(action.dest for action in build_parser()._actions if action.dest != "help") - FREE_FLAGS
 

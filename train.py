@@ -89,7 +89,8 @@ def distill(args: argparse.Namespace, ranks: Any) -> int:
             student, origins = session.student_source, session.origins
             inputs = ranks.together(lambda: check_inputs(args, student, names, origins, ranks))
             session.estimate, text = inputs.estimate, inputs.text
-            loaders = ranks.together(lambda: text.open(names, fresh=session.resumed_from is None))
+            loaders = ranks.together(lambda: text.open(names, fresh=session.resumed is None))
+            ranks.together(lambda: session.check_position(loaders, text))
             origins.check_same(ranks.gather(origins.commits))
             session.models = ranks.together(lambda: build_models(args, student, inputs, devices, ranks))
             ranks.together(session.begin)
@@ -113,8 +114,8 @@ def prepare_stage(args: argparse.Namespace, name: str, session: Any, inputs: Any
     """A stage at its beginning, or where an interrupted one stood."""
     from run.stages import build_stage
 
-    total, ranks = session.total_steps(name, inputs.text), session.ranks
-    stage = build_stage(args, name, session.models, loader, total, ranks, inputs.parallel)
+    phases, done = session.phases(name, inputs.text), session.steps_done(name)
+    stage = build_stage(args, name, session.models, loader, phases, session.ranks, inputs.parallel, done=done)
     session.enter(stage)
     return stage
 

@@ -31,6 +31,7 @@ class Services:
 
     log_metrics: Callable[[int, dict[str, Any]], None]  # optimizer step, figures
     save: Callable[[Progress, Stage], Any]
+    save_stable: Callable[[Progress, Stage], Any] | None = None  # at the end of a stage's stable phase
     save_due: Callable[[Progress], bool] = lambda progress: False
     stop_requested: Callable[[], bool] = lambda: False
     save_requested: Callable[[], bool] = lambda: False
@@ -117,15 +118,17 @@ def run_stage(stage: Stage, progress: Progress, services: Services) -> bool:
             if progress.optimizer_step % services.log_interval == 0:
                 journal.add(meter.read())
             meter.pause(lambda: _evaluate(stage, services, progress, journal))
+            if services.save_stable is not None and progress.stage_step == stage.stable_end:
+                _save(stage, progress, services.save_stable, meter, watch, journal)
             if _finished(stage, progress):
                 break
             if _save_due(stage, progress, services):
-                _save(stage, progress, services, meter, watch, journal)
+                _save(stage, progress, services.save, meter, watch, journal)
         watch.flush()
         check.flush()
     except services.save_before_raising:
         stage.optimizer.zero_grad(set_to_none=True)
-        _save(stage, progress, services, meter, None, journal)
+        _save(stage, progress, services.save, meter, None, journal)
         raise
     finally:
         batches.close()
@@ -133,7 +136,7 @@ def run_stage(stage: Stage, progress: Progress, services: Services) -> bool:
     progress.stage_done = _finished(stage, progress) or not coming.stopped
     if progress.stage_done and meter.steps:
         journal.add(meter.read())
-    _save(stage, progress, services, meter, watch, journal)
+    _save(stage, progress, services.save, meter, watch, journal)
     return progress.stage_done
 
 
@@ -207,6 +210,7 @@ def accumulate(stage: Stage, window: list[DeviceBatch], stop: Callable[[], bool]
 def _advance(progress: Progress, stage: Stage, window: list[DeviceBatch]) -> None:
     progress.optimizer_step += 1
     progress.stage_step += 1
+    progress.stage_cooled += stage.stable_end is not None and progress.stage_step > stage.stable_end
     progress.micro_step += len(window)
     tokens = sum(batch.inputs.numel() for batch in window) * stage.ranks.world_size
     progress.tokens += tokens
@@ -235,7 +239,7 @@ def _evaluate(stage: Stage, services: Services, progress: Progress, journal: Jou
 def _save(
     stage: Stage,
     progress: Progress,
-    services: Services,
+    save: Callable[[Progress, Stage], Any],
     meter: Meter,
     watch: BadStepWatch | None,
     journal: Journal,
@@ -246,4 +250,4 @@ def _save(
     progress.meter = meter.totals()
     if math.isnan(sum(progress.meter.values(), 0.0)):
         log.warning("step %d: the figures since the last log line hold a non-finite value", progress.optimizer_step)
-    services.save(progress, stage)
+    save(progress, stage)

@@ -23,6 +23,7 @@ from distill.initialization import SILU_IS_ONE, calibrate_mixers, student_from_t
 from hardware.devices import seed_everything
 from hardware.ranks import Ranks
 from model_utils import get_teacher_model, get_tokenizer
+from optim.schedule import Phases
 from run import build, stages
 from run.text import RunText
 from trainer import Services, run_stage
@@ -155,7 +156,8 @@ def align(student: Any, flags: argparse.Namespace, teacher: Any, tokenizer: Any,
     text = RunText(flags, tokenizer)
     models = build.Models(teacher, student, text, device, device, getattr(torch, flags.dtype))
     loader = text.loader("hidden")
-    stage = stages.build_stage(flags, "hidden", models, loader, steps, Ranks())
+    phases = Phases.of(steps, flags.warmup_ratio, flags.decay_ratio)
+    stage = stages.build_stage(flags, "hidden", models, loader, phases, Ranks())
     losses: list[float] = []
     progress = Progress()
     progress.begin("hidden", steps)

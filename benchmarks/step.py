@@ -44,6 +44,7 @@ from hardware.ranks import Ranks, launched
 from hardware.recomputation import set_activation_checkpointing
 from model_utils import apply_replacements, as_teacher, freeze, share_frozen_weights, transfer_teacher_weights
 from models import LlambaForCausalLM
+from optim.schedule import Phases
 from optim.update_in_backward import UpdateInBackward
 from run import build, inputs, stages
 from run.acceleration import accelerate, compiles
@@ -154,7 +155,7 @@ def ours(
 ) -> Stage:
     """The project's own stage, with marks between its parts; those of an alignment are one, "backward"."""
     models.text = SimpleNamespace(calibration_tokens=lambda _: loader.batches[0].tokens[:1, :-1])  # type: ignore[assignment]
-    stage = stages.build_stage(args, name, models, loader, steps, ranks, layout)
+    stage = stages.build_stage(args, name, models, loader, phases_of(args, steps), ranks, layout)
     if args.update_in_backward and not isinstance(stage.optimizer, UpdateInBackward):
         stage.optimizer = UpdateInBackward(stage.optimizer, stage.grad_clip)  # type: ignore[assignment]
     mark, synchronise, finish = clock.mark, stage.synchronise, stage.finish_gradients
@@ -218,6 +219,11 @@ def since_process_start() -> float:
     """Seconds since this process began, imports included."""
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def phases_of(args: argparse.Namespace, steps: int) -> Phases:
+    """The phases of `steps` optimizer steps as the flags say."""
+    return Phases.of(steps, args.warmup_ratio, args.decay_ratio)
 
 
 def drive(stage: Stage, steps: int, log_interval: int) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 from checkpoints.files import damage, exchange, read_manifest, sync_folder
 from checkpoints.lock import process_start
 
-CHECKPOINT = re.compile(r"checkpoint-\d+|final")
+CHECKPOINT = re.compile(r"checkpoint-\d+|stable-\w+|final")
 LEFT_OVER = re.compile(r"\.(?P<kind>tmp|old)-(?P<name>.+)-(?P<pid>\d+)-(?P<ticks>\w+)")
 
 
@@ -84,10 +84,10 @@ class RunFolder:
         self.last_good = name
 
     def prune(self, keep: int) -> None:
-        """Remove all but the last `keep` complete checkpoints, `final` and the best one."""
+        """Remove all but the last `keep` complete checkpoints, the best one, `final` and the `stable-` ones."""
         complete, manifests = self.complete(), dict(self.manifests())
         best = next((folder for folder in complete if manifests[folder].get("best", False)), None)
-        steps = [folder for folder in complete if folder.name != "final"]
+        steps = [folder for folder in complete if folder.name.startswith("checkpoint-")]
         for folder in steps[keep:]:
             if folder != best:
                 doomed = self.private("tmp", folder.name)

@@ -1,16 +1,14 @@
-"""What a resumed run reads from a checkpoint, and what it compares: trainer state, metadata, RNG, flags."""
+"""What a resumed run reads from a checkpoint: trainer state, metadata, random generators."""
 
 import random
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from arguments import RESULT_FLAGS, build_parser
 from checkpoints.files import METADATA, TRAINER_STATE, read_json
-from utils import UserError, mask_secrets
+from utils import UserError
 
 
 def read_trainer_state(folder: Path, map_location: Any = "cpu") -> dict[str, Any]:
@@ -72,21 +70,3 @@ def set_rng_state(state: dict[str, Any]) -> None:
     for device, cuda in enumerate(state.get("cuda", [])):
         if device < torch.cuda.device_count():
             torch.cuda.set_rng_state(cuda.cpu(), device)
-
-
-def changed_flags(saved: dict[str, Any], current: dict[str, Any], ignore: Collection[str] = ()) -> list[str]:
-    """Flags that change the result and differ: "--max_lr was 1e-05 and is 3e-05", in the order of their names.
-
-    A flag that a checkpoint does not know yet was at its default.
-    """
-    parser, masked = build_parser(), mask_secrets(current)
-    changed = []
-    for name in sorted((RESULT_FLAGS & current.keys()).difference(ignore)):
-        before = saved[name] if name in saved else mask_secrets({name: parser.get_default(name)})[name]
-        if before != masked[name]:
-            changed.append(f"--{name} was {_shown(before)} and is {_shown(masked[name])}")
-    return changed
-
-
-def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else "''" if value == "" else str(value)

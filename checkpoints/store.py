@@ -5,7 +5,7 @@ A checkpoint is a folder that is complete or not there: written under a temporar
                             the frozen one hard-linked from checkpoint to checkpoint
     config.json, generation_config.json, *.py, tokenizer files, README.md
     training_state.json     readable: stage, counters, flags, versions, W&B run id
-    trainer_state.pt        optimizer, schedule, scaler, RNG, loader (torch.save, read with weights_only)
+    trainer_state.pt        optimizer, scaler, RNG, loader (torch.save, read with weights_only)
     manifest.json           size and sha256 of every file, and a serial number; written last
 """
 
@@ -47,12 +47,11 @@ from checkpoints.files import (
 from checkpoints.folder_checks import check_folder
 from checkpoints.host_copies import HostCopies, available_memory, checked, distinct_bytes
 from checkpoints.run_folder import CHECKPOINT, RunFolder
-from checkpoints.run_state import changed_flags, read_metadata, read_trainer_state, rng_state, set_rng_state
+from checkpoints.run_state import read_metadata, read_trainer_state, rng_state, set_rng_state
 from utils import UserError, mask_secrets
 
 __all__ = [
     "CheckpointStore",
-    "changed_flags",
     "check_folder",
     "read_metadata",
     "read_trainer_state",
@@ -96,7 +95,7 @@ def split_weights(
 
 
 class CheckpointStore:
-    """The checkpoints of one output folder: `checkpoint-<step>` and `final`.
+    """The checkpoints of one output folder: `checkpoint-<step>`, `stable-<stage>` and `final`.
 
     A save never raises: what goes wrong is one line to `log`, and the next interval tries again. `blocked_seconds`
     and `total_seconds` are the last save's. Nothing is written once `held()` says that the folder is another run's.
@@ -142,11 +141,11 @@ class CheckpointStore:
     ) -> bool:
         """Write a checkpoint; returns once training may go on, False if it failed by then (`wait` says how it ended).
 
-        name: "checkpoint-<step>" or "final"; one of the same name is replaced. frozen: names of weights that do
-        not change: they are not copied but read while training goes on, so `wait` before they are trained again.
-        dtype: of the stored floating weights. weights: name -> tensor in place of `model.state_dict()`, for
-        sharded models. best: keep this one until a better one is saved. An empty trainer_state writes no
-        trainer_state.pt. Secrets in the metadata are masked.
+        name: "checkpoint-<step>", "stable-<stage>" or "final"; one of the same name is replaced. frozen: names of
+        weights that do not change: they are not copied but read while training goes on, so `wait` before they are
+        trained again. dtype: of the stored floating weights. weights: name -> tensor in place of
+        `model.state_dict()`, for sharded models. best: keep this one until a better one is saved. An empty
+        trainer_state writes no trainer_state.pt. Secrets in the metadata are masked.
         """
         assert CHECKPOINT.fullmatch(name), name
         self.wait()

@@ -20,6 +20,8 @@ class Progress:
     stage_step: int = 0  # optimizer steps done in this stage
     stage_done: bool = False
     stage_total: int = 0
+    stage_warmup: int = 0  # of its steps
+    stage_cooled: int = 0  # steps done in its cooldown
     optimizer_step: int = 0  # counted on through all stages
     micro_step: int = 0
     tokens: int = 0  # seq_length a sequence, all ranks, all stages
@@ -34,7 +36,7 @@ class Progress:
     def begin(self, stage: str, total: int) -> None:
         """Enter a stage anew: its counters start at 0, the run's go on."""
         self.stage, self.stage_step, self.stage_done, self.stage_total = stage, 0, False, total
-        self.stage_tokens, self.loader, self.meter = 0, {}, {}
+        self.stage_cooled, self.stage_tokens, self.loader, self.meter = 0, 0, {}, {}
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -52,6 +54,8 @@ class Stage:
     schedule: Any
     total_steps: int
     accumulation: int = 1
+    warmup: int = 0  # of the steps
+    stable_end: int | None = None  # steps before the cooldown, where a longer run goes on from
     grad_clip: float = 1.0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     ahead: bool = False  # the next batch is there, too, when a micro step begins: its teacher may start on it

@@ -1,6 +1,7 @@
-"""Warm-up, stable, decay: the learning rate over a stage's optimizer steps."""
+"""The learning rate of a stage: warm-up, stable phase and cooldown (WSD), a function of the optimizer step alone."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,25 +9,45 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 
+@dataclass(frozen=True)
+class Phases:
+    """Optimizer steps of a stage, and of its warm-up and cooldown."""
+
+    total: int
+    warmup: int
+    decay: int
+
+    @classmethod
+    def of(cls, total: int, warmup_ratio: float, decay_ratio: float, warmup: int | None = None) -> "Phases":
+        """The phases of `total` steps; `warmup`: its steps, in place of the ratio, for a stage that was extended."""
+        warmup = min(round(total * warmup_ratio) if warmup is None else warmup, total)
+        return cls(total, warmup, min(round(total * decay_ratio), total - warmup))
+
+    @property
+    def stable_end(self) -> int:
+        """Steps before the cooldown: up to here a longer stage with the same warm-up takes the same rates."""
+        return 1 if self.total == 1 else self.total - max(1, self.decay)
+
+
 def build_schedule(
-    optimizer: torch.optim.Optimizer, total_steps: int, *, max_lr: float, min_lr: float,
-    warmup_ratio: float, decay_ratio: float,
-) -> LambdaLR:  # fmt: skip
+    optimizer: torch.optim.Optimizer, phases: Phases, *, max_lr: float, min_lr: float, done: int = 0
+) -> LambdaLR:
     """pytorch-optimizer's WSD schedule over optimizer steps, shifted by one: step k (from 1) takes multiplier k.
 
     The library's first multiplier is 0, which would waste the first step; its last is `min_lr`. The cooldown is the
-    library's default, floored at `min_lr`; past the end the rate stays there.
+    library's default, floored at `min_lr`; past the end the rate stays there. `done`: steps taken before.
     """
-    warmup, decay = round(total_steps * warmup_ratio), round(total_steps * decay_ratio)
-    multiplier = wsd_multiplier(total_steps, min(warmup, total_steps), decay, min_lr / max_lr)
-    return LambdaLR(optimizer, lambda done: multiplier(done + 1))
+    multiplier = wsd_multiplier(phases, min_lr / max_lr)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = max_lr
+    return LambdaLR(optimizer, lambda before: multiplier(before + 1), last_epoch=done - 1)
 
 
-def wsd_multiplier(total: int, warmup: int, decay: int, floor: float) -> Callable[[int], float]:
+def wsd_multiplier(phases: Phases, floor: float) -> Callable[[int], float]:
     """multiplier(k) of optimizer step k, counted from 1, from pytorch-optimizer's own schedule."""
     from pytorch_optimizer.lr_scheduler import get_wsd_schedule
 
-    decay = min(decay, total - warmup)
+    total, warmup, decay = phases.total, phases.warmup, phases.decay
     probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     library: Any = get_wsd_schedule(probe, warmup, total - warmup - decay, decay, min_lr_ratio=floor)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from arguments import FROM_TEACHER
+from arguments import FROM_TEACHER, NotGiven
 from checkpoints.origins import Origins
 from distill.initialization import student_config
 from distill.teacher import TeacherNeed, teacher_need
@@ -67,6 +67,8 @@ def check_inputs(
     else:
         student = load_config(student_source, config_class=LlambaConfig, local_files_only=True, revision=found)
         check_pair(student, teacher, student_source)
+    if student_source == args.student_model:  # else it is a checkpoint that the run goes on from
+        args.layers = settle_layers(args.layers, student, student_source)
     check_layers(args.layers, teacher.num_hidden_layers)
     need = teacher_need(args, names, fresh=not is_distilled(student))
     way, estimate = parallel.choose_parallel(args, ranks), None
@@ -78,6 +80,24 @@ def check_inputs(
         log.info("%d ranks, %s", ranks.world_size, "replicated" if way == "ddp" else "sharded")
     text = RunText(args, get_tokenizer(args.teacher_model, **local), ranks, origins)
     return Inputs(text, estimate, need, way, names)
+
+
+def settle_layers(layers: list[int | str], student: LlambaConfig, source: str) -> list[int | str]:
+    """`--layers`; where it is not given and the student is distilled, the student's own.
+
+    Raises `UserError` for layers that a distilled student does not have: its layers are what they are.
+    """
+    if not is_distilled(student):
+        return layers
+    own = sorted(student.attention_layers)
+    if isinstance(layers, NotGiven):
+        return list(own)
+    if {i for i in layers if isinstance(i, str) or i >= 0} != set(own):
+        raise UserError(
+            f"--layers {' '.join(map(str, layers))}: {source} is a distilled student, whose attention layers are "
+            f"{' '.join(map(str, own)) or 'none'}; leave --layers out"
+        )
+    return layers
 
 
 def settle_parallel(

@@ -16,8 +16,8 @@ from arguments import read_prompts
 from checkpoints.files import distinct_weights
 from checkpoints.lock import RunLock
 from checkpoints.model_card import model_card
-from checkpoints.origins import Origins, flags_as_made
-from checkpoints.run_state import changed_flags, read_metadata, read_trainer_state, rng_state, set_rng_state
+from checkpoints.origins import Origins
+from checkpoints.run_state import rng_state
 from checkpoints.store import CheckpointStore
 from distill.forms import DeviceBatch, Progress, Stage
 from distill.meter import TooManyBadSteps
@@ -25,13 +25,16 @@ from distill.teacher import TeacherNeed
 from evaluation.diagnostics import PROMPTS, as_numbers, continuations, gradient_norms, layer_distances
 from evaluation.held_out import figures_of, held_out_sums
 from hardware.memory import MemoryEstimate, estimate_memory, oom_advice
-from hardware.parallel import copy_rows, is_sharded, own_optimizer_state, whole_optimizer_state, whole_weights
+from hardware.parallel import is_sharded, whole_optimizer_state, whole_weights
 from hardware.ranks import RankFailed, RankLost, Ranks, SharedMistake
 from hub.hub_files import DataStreamLost
 from model_utils import frozen_names, load_config
+from optim.saved_state import named_state
+from optim.schedule import Phases
 from plot_metrics import plot_runs
 from run.build import Models
-from run.plan import sequences_a_step
+from run.resume import Start, choose_start
+from run.resumption import Resumption
 from run.signals import SaveClock, StopSignals
 from run.text import RunText
 from run.tracking import Tracker
@@ -53,16 +56,21 @@ class Session:
         self.clock = SaveClock(args.save_minutes)
         self.models: Models | None = None
         self.estimate: MemoryEstimate | None = None
-        self.finished = False
+        start = ranks.first(self._choose_start)
+        self.finished = start is not None and start.finished
+        self.resumed = Resumption(start, args, ranks) if start is not None else None
         self.origins = Origins()
-        self.trainer_state: dict[str, Any] = {}
-        self.resumed_from = ranks.first(lambda: self.store.resolve(args.resume))
-        self.micro_steps_saved = 0
+        wandb_id: str | None = None
+        if self.resumed is not None:
+            self.progress = self.resumed.progress
+            metadata = self.resumed.standing.metadata
+            self.origins = Origins.recorded(metadata, vars(args), self.resumed.state.get("loader"))
+            wandb_id = metadata.get("wandb_run_id")
+        self.micro_steps_saved = self.progress.micro_step
         self.prompts = read_prompts(args.sample_prompts) if args.sample_prompts else PROMPTS
         self.teachers_samples: list[str] = []
         self.whole_frozen: dict[str, torch.Tensor] = {}  # of a sharded student, gathered once
         self.unprepared: Stage | None = None  # a stage whose first save has no host memory yet
-        wandb_id = self._read(self.resumed_from) if self.resumed_from is not None else None
         self.tracker = Tracker(
             self.output_dir,
             wandb_enabled=args.wandb and not self.finished,
@@ -76,40 +84,19 @@ class Session:
             held=lock.held,
         )
         if not self.finished:
-            self.tracker.truncate_after(self.progress.optimizer_step if self.resumed_from else -1)
+            self.tracker.truncate_after(self.progress.optimizer_step if self.resumed else -1)
 
-    def _read(self, folder: Path) -> str | None:
-        """Take up a checkpoint: check its flags, read where it stands; returns its W&B run id."""
-        metadata = read_metadata(folder)
-        before = sequences_a_step(metadata["flags"], metadata.get("ranks", 1))
-        now = sequences_a_step(vars(self.args), self.ranks.world_size)
-        same_batch = ("batch_size", "grad_accumulation_steps") if before == now else ()
-        changed = changed_flags(flags_as_made(metadata), vars(self.args), ignore=same_batch)
-        if changed and not self.args.resume_force:
-            raise UserError(
-                f"--resume: {folder} was made with other flags: {'; '.join(changed)} "
-                "(--resume_force goes on all the same; a new --output_dir starts anew)"
-            )
-        self.finished = metadata.get("finished", False)
-        if not self.finished:
-            self.trainer_state = read_trainer_state(folder)
-        self.origins = Origins.recorded(metadata, vars(self.args), self.trainer_state.get("loader"))
-        if not self.finished:
-            self.progress = Progress(**metadata["progress"], loader=self.trainer_state["loader"])
-            self.micro_steps_saved = self.progress.micro_step
-            if before != now:
-                log.warning(
-                    "an optimizer step takes %d sequences from here on, not %d as before; no sequence is lost or "
-                    "repeated (--grad_accumulation_steps can keep their number when that of the ranks changes)",
-                    now, before,
-                )  # fmt: skip
-            log.info("resuming %s: %s, step %d", folder, self.progress.stage, self.progress.optimizer_step)
-        return metadata.get("wandb_run_id")
+    def _choose_start(self) -> Start | None:
+        folder = self.store.resolve(self.args.resume)
+        if folder is None:
+            return None
+        force = self.args.resume_force
+        return choose_start(folder, vars(self.args), world_size=self.ranks.world_size, force=force)
 
     @property
     def student_source(self) -> str:
         """Where the student's weights come from: the checkpoint to resume from, else `--student_model`."""
-        return str(self.resumed_from) if self.resumed_from is not None else self.args.student_model
+        return str(self.resumed.start.folder) if self.resumed is not None else self.args.student_model
 
     def stages_left(self, names: list[str]) -> list[str]:
         """The stages still to run, the interrupted one first."""
@@ -119,14 +106,23 @@ class Session:
             raise UserError(f"--resume: the checkpoint stands in {self.progress.stage}, which the flags leave out")
         return names[names.index(self.progress.stage) + self.progress.stage_done :]
 
-    def total_steps(self, name: str, text: RunText) -> int:
-        """Optimizer steps of a stage; an interrupted stage keeps the number that it began with."""
-        if self.progress.stage == name and self.trainer_state:
-            return self.progress.stage_total
-        return text.total_steps(name)
+    def steps_done(self, name: str) -> int:
+        """Optimizer steps of a stage that were taken before."""
+        return self.resumed.done if self.resumed is not None and name == self.resumed.interrupted else 0
+
+    def phases(self, name: str, text: RunText) -> Phases:
+        """The optimizer steps of a stage, and of its warm-up and cooldown."""
+        if self.resumed is not None and name == self.resumed.interrupted:
+            return self.resumed.phases(text)
+        return Phases.of(text.total_steps(name), self.args.warmup_ratio, self.args.decay_ratio)
+
+    def check_position(self, loaders: dict[str, Any], text: RunText) -> None:
+        """Raise a `UserError` where a resumed stage cannot go on, before any model is loaded."""
+        if self.resumed is not None:
+            self.resumed.check(loaders, text)
 
     def begin(self) -> None:
-        """Put exact weights back, tell W&B the sizes, take the held-out figures before the first step."""
+        """Tell W&B the sizes, and take the held-out figures before the first step."""
         assert self.models is not None
         parameters = list(self.models.student.parameters())
         trainable = sum(p.numel() for p in parameters if p.requires_grad)
@@ -135,8 +131,7 @@ class Session:
         self.tracker.summary(
             {"parameters/trainable": trainable, "parameters/frozen": frozen, "attention_layers": layers}
         )
-        self._restore_weights(self.trainer_state.get("weights", {}))  # also where the next stage begins anew
-        if self.resumed_from is None and self.args.eval_dataset:
+        if self.resumed is None and self.args.eval_dataset:
             self.log_metrics(self.progress.optimizer_step, self.evaluate(self.progress))
 
     def enter(self, stage: Stage) -> None:
@@ -144,26 +139,18 @@ class Session:
         self.tracker.summary({f"{stage.name}/steps": stage.total_steps})
         self.unprepared = stage
         stage.loader.stop_requested = lambda: self.signals.stop_requested
-        if self.progress.stage != stage.name or not self.trainer_state:
+        assert self.models is not None
+        if self.resumed is not None:
+            self.resumed.put_back(stage, self.models.student)
+        if not self.steps_done(stage.name):
             self.progress.begin(stage.name, stage.total_steps)
             self._align(stage)
             self.tracker.mark_stage(stage.name, self.progress.optimizer_step)
-            return
-        state, self.trainer_state = self.trainer_state, {}
-        optimizer = state["optimizer"]
-        if is_sharded(stage.trainable):
-            optimizer = own_optimizer_state(stage.optimizer, optimizer)
-        stage.optimizer.load_state_dict(optimizer)
-        stage.schedule.load_state_dict(state["schedule"])
-        if stage.scaler is not None:
-            stage.scaler.load_state_dict(state["scaler"])
-        if self.progress.loader:
-            stage.loader.load_state_dict(self.progress.loader)
-        set_rng_state(state["rng"])
+        self.progress.stage_total, self.progress.stage_warmup = stage.total_steps, stage.warmup
 
     def _align(self, stage: Stage) -> None:
         """`--resume_step`: log and schedule start there; weights, optimizer and data do not."""
-        if self.args.resume_step and self.resumed_from is None and self.progress.optimizer_step == 0:
+        if self.args.resume_step and self.resumed is None and self.progress.optimizer_step == 0:
             self.progress.optimizer_step = self.progress.stage_step = self.args.resume_step
             for _ in range(self.args.resume_step):
                 stage.schedule.step()
@@ -175,6 +162,7 @@ class Session:
         return Services(
             log_metrics=self.log_metrics,
             save=self.save,
+            save_stable=None if args.no_stable_checkpoint else self.save_stable,
             save_due=self.save_due,
             stop_requested=self.stop_requested,
             save_requested=self.signals.take_save_request,
@@ -298,6 +286,11 @@ class Session:
         self.ranks.together(lambda: self._write(name, self._trainer_state(stage), best=best))
         self.clock.restart()
 
+    def save_stable(self, progress: Progress, stage: Stage) -> None:
+        """Write `stable-<stage>`, from which a longer run or another cooldown goes on."""
+        self.ranks.together(lambda: self._write(f"stable-{stage.name}", self._trainer_state(stage)))
+        self.clock.restart()
+
     def save_final(self) -> None:
         """Write `final`: the student alone, to be used, not resumed; then the plot."""
         self.ranks.together(lambda: self._write("final", {}, finished=True))
@@ -349,10 +342,11 @@ class Session:
         )
 
     def _trainer_state(self, stage: Stage) -> dict[str, Any]:
+        assert self.models is not None
         sharded, optimizer = is_sharded(stage.trainable), stage.optimizer
+        state = whole_optimizer_state(optimizer, self.ranks) if sharded else optimizer.state_dict()
         return {
-            "optimizer": whole_optimizer_state(optimizer, self.ranks) if sharded else optimizer.state_dict(),
-            "schedule": stage.schedule.state_dict(),
+            "optimizer": named_state(state, optimizer, self.models.student),
             "scaler": stage.scaler.state_dict() if stage.scaler is not None else None,
             "loader": self.progress.loader,
             "rng": rng_state(),
@@ -365,13 +359,6 @@ class Session:
         named = self.models.student.named_parameters()
         exact = {n: p.detach() for n, p in named if p.dtype != self.models.dtype}
         return whole_weights(exact, {}, first=self.ranks.is_first) if is_sharded(self.models.student) else exact
-
-    @torch.no_grad()
-    def _restore_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        assert self.models is not None
-        named = dict(self.models.student.named_parameters())
-        for name, value in weights.items():
-            copy_rows(named[name], value)
 
     def stopped(self) -> int:
         """The exit status after a signal, once the checkpoint is written: when one rank leaves, all are ended."""

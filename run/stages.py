@@ -14,7 +14,7 @@ from hardware import parallel
 from hardware.cuda_graphs import CapturedMicroStep, captures
 from hardware.ranks import Ranks
 from optim.build import build_optimizer
-from optim.schedule import build_schedule
+from optim.schedule import Phases, build_schedule
 from optim.update_in_backward import UpdateInBackward
 from run.acceleration import compiles
 from run.build import Models, distribute
@@ -22,9 +22,20 @@ from run.plan import sequence_length
 
 
 def build_stage(
-    args: argparse.Namespace, name: str, models: Models, loader: Any, total: int, ranks: Ranks, way: str = "none"
+    args: argparse.Namespace,
+    name: str,
+    models: Models,
+    loader: Any,
+    phases: Phases,
+    ranks: Ranks,
+    way: str = "none",
+    *,
+    done: int = 0,
 ) -> Stage:
-    """A fresh stage: optimizer and schedule of its own, ready for `trainer.run_stage`; `way` is Inputs.parallel."""
+    """A stage with a fresh optimizer and its own schedule, `done` steps on, ready for `trainer.run_stage`.
+
+    `way` is Inputs.parallel.
+    """
     distils = name in ("stage1", "stage2")
     micro_step, module = distillation(args, models, way) if distils else alignment(args, name, models)
     rates = {"matrix": args.matrix_lr, "hidden": args.hidden_lr}
@@ -36,14 +47,7 @@ def build_stage(
         weight_decay=args.weight_decay,
         kernel=compiles(args),
     )
-    schedule = build_schedule(
-        optimizer,
-        total,
-        max_lr=max_lr,
-        min_lr=args.min_lr,
-        warmup_ratio=args.warmup_ratio,
-        decay_ratio=args.decay_ratio,
-    )
+    schedule = build_schedule(optimizer, phases, max_lr=max_lr, min_lr=args.min_lr, done=done)
     if args.update_in_backward:
         optimizer = UpdateInBackward(optimizer, args.grad_clip)  # type: ignore[assignment]
     stage = Stage(
@@ -53,7 +57,9 @@ def build_stage(
         trainable=module,
         optimizer=optimizer,
         schedule=schedule,
-        total_steps=total,
+        total_steps=phases.total,
+        warmup=phases.warmup,
+        stable_end=phases.stable_end,
         accumulation=args.grad_accumulation_steps,
         grad_clip=args.grad_clip,
         device=models.device,

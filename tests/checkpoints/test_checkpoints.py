@@ -13,15 +13,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from arguments import parse_arguments
 from checkpoints import files as checkpoint_files
 from checkpoints import run_folder
 from checkpoints.files import damage
 from checkpoints.host_copies import HostCopies
-from checkpoints.run_state import changed_flags, read_metadata, read_trainer_state, rng_state, set_rng_state
+from checkpoints.run_state import read_metadata, read_trainer_state, rng_state, set_rng_state
 from conftest import tiny_llama_config
 from helpers.checkpoint_tools import flip_bit, frozen_names, make_store, names_in, save, tiny_model
-from utils import UserError, mask_secrets
+from utils import UserError
 
 
 @pytest.fixture
@@ -359,24 +358,6 @@ def test_left_overs_of_dead_processes_go_and_live_ones_stay(model, tmp_path):
     store = make_store(tmp_path)
     assert names_in(tmp_path) == [live.name, "checkpoint-1"]
     assert store.newest() == tmp_path / "checkpoint-1"
-
-
-# flags
-
-
-def test_only_flags_that_change_the_result_are_compared():
-    saved = mask_secrets(vars(parse_arguments(["--max_lr", "1e-4", "--output_dir", "a"])))
-    saved = json.loads(json.dumps(saved))
-    assert changed_flags(saved, vars(parse_arguments(["--max_lr", "1e-4", "--output_dir", "b", "--wandb"]))) == []
-    now = vars(parse_arguments(["--layers", "1", "2", "--dataset_subset", ""]))
-    assert changed_flags(saved, now) == [
-        "--dataset_subset was CC-MAIN-2014-49 and is ''",
-        "--layers was 10 14 17 30 and is 1 2",
-        "--max_lr was 0.0001 and is 1e-05",
-    ]
-    del saved["temperature"]  # a checkpoint of before there was such a flag
-    now = vars(parse_arguments(["--max_lr", "1e-4", "--temperature", "2"]))
-    assert changed_flags(saved, now) == ["--temperature was 1.0 and is 2.0"]
 
 
 def test_safetensors_agree_with_the_library(tmp_path):

@@ -9,7 +9,7 @@ from distill.distillation import DistillationStep, kd_micro_step
 from distill.forms import Stage
 from distill.teacher import OwnTeacher
 from optim.build import build_optimizer
-from optim.schedule import build_schedule
+from optim.schedule import Phases, build_schedule
 
 
 @dataclass
@@ -41,8 +41,7 @@ def make_stage(teacher, student, batches, accumulation=1, steps=10, **options):
 
     own = OwnTeacher(teacher, torch.device("cpu"), every_layer=module.layer_weight > 0)
     optimizer = build_optimizer("adamw", module, lr=1e-3, weight_decay=0.1)
-    rates = dict(max_lr=1e-3, min_lr=1e-5, warmup_ratio=0.1, decay_ratio=0.1)
-    schedule = build_schedule(optimizer, steps, **rates)
+    schedule = build_schedule(optimizer, Phases.of(steps, 0.1, 0.1), max_lr=1e-3, min_lr=1e-5)
     return Stage(
         "stage1", Batches(batches), kd_micro_step(module, own), module, optimizer, schedule, steps, accumulation
     )

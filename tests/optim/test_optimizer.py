@@ -11,7 +11,7 @@ from optim.adamw8bit import AdamW8bit
 from optim.build import build_optimizer, parameter_groups
 from optim.masters import join_master, split_master
 from optim.moments import RATIO, block_length, step_scalars, update_blocks
-from optim.schedule import build_schedule
+from optim.schedule import Phases, build_schedule
 from optim.step import clip_and_step, gradient_norm
 
 
@@ -244,7 +244,7 @@ TABLES = {
 def test_schedule_step_by_step(case):
     total, warmup, decay = case
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-5)
-    schedule = build_schedule(optimizer, total, max_lr=1e-5, min_lr=1e-8, warmup_ratio=warmup, decay_ratio=decay)
+    schedule = build_schedule(optimizer, Phases.of(total, warmup, decay), max_lr=1e-5, min_lr=1e-8)
     rates = []
     for _ in TABLES[case]:
         rates.append(schedule.get_last_lr()[0] / 1e-5)

@@ -1,0 +1,125 @@
+"""What of a checkpoint is put back: where the run stands, and the stage that it goes on in."""
+
+import argparse
+import logging
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from arguments import NotGiven
+from checkpoints.run_state import read_metadata, read_trainer_state, set_rng_state
+from distill.forms import Progress, Stage
+from hardware.parallel import copy_rows, is_sharded
+from hardware.ranks import Ranks
+from optim.saved_state import load_optimizer_state
+from optim.schedule import Phases
+from run.plan import sequences_a_step
+from run.resume import Standing, Start, resumed_length
+from run.text import RunText
+from utils import UserError
+
+log = logging.getLogger(__name__)
+
+
+class Resumption:
+    """The checkpoint that a run goes on from; `state` is let go once it has been put back."""
+
+    def __init__(self, start: Start, args: argparse.Namespace, ranks: Ranks):
+        """Reads where the checkpoint stands and says what is changed; a finished one has nothing to put back."""
+        self.start, self.args, self.ranks = start, args, ranks
+        self.standing = Standing(start.folder, read_metadata(start.folder))
+        self.changed = {change.name for change in start.changes}
+        self.state: dict[str, Any] = {}
+        self.progress = Progress()
+        if isinstance(args.layers, NotGiven):
+            args.layers = self.standing.flags["layers"]
+        if not start.finished:
+            self.state = read_trainer_state(start.folder)
+            self.progress = replace(self.standing.progress, loader=self.state["loader"])
+            self.progress.stage_done = self.progress.stage_done and not start.lengthens
+            self._tell()
+        self.interrupted = "" if start.finished or self.progress.stage_done else self.progress.stage
+        self.done = self.progress.stage_step if self.interrupted else 0
+
+    def _tell(self) -> None:
+        for change in self.start.changes:
+            log.info("changed from here on: %s (%s)", change, change.rule.effect)
+        before, now = self.standing.sequences_a_step, sequences_a_step(vars(self.args), self.ranks.world_size)
+        if before != now:
+            log.warning(
+                "an optimizer step takes %d sequences from here on, not %d as before; no sequence is lost or "
+                "repeated (--grad_accumulation_steps can keep their number when that of the ranks changes)",
+                now, before,
+            )  # fmt: skip
+        stage, step = self.progress.stage, self.progress.optimizer_step
+        log.info("resuming %s: %s, step %d", self.start.folder, stage, step)
+
+    def phases(self, text: RunText) -> Phases:
+        """The steps of the interrupted stage: those of its warm-up are kept, and its length where it may be."""
+        args, warmup = self.args, self.standing.progress.stage_warmup
+        total = resumed_length(self.standing, self.interrupted, text)
+        kept = None if "warmup_ratio" in self.changed else warmup
+        return Phases.of(total, args.warmup_ratio, args.decay_ratio, kept)
+
+    def check(self, loaders: dict[str, Any], text: RunText) -> None:
+        """Raise a `UserError` where the interrupted stage cannot go on: with other text, or with no step left."""
+        name, done = self.interrupted, self.done
+        if name not in loaders:
+            return
+        if self.progress.loader:
+            loaders[name].load_state_dict(self.progress.loader)
+        phases = self.phases(text)
+        if self.changed and done >= phases.total:
+            raise UserError(
+                f"--resume: with {', '.join(f'--{flag}' for flag in sorted(self.changed))} changed {name} has "
+                f"{phases.total} steps, and the run stands at its step {done} already; ask for more, or start anew "
+                "with another --output_dir"
+            )
+        if self.changed and not self.progress.stage_cooled and done > phases.stable_end:
+            log.warning(
+                "%s: the learning rate falls at once, since its cooldown of %d steps has begun before step %d; in a "
+                "longer stage it would begin later", name, phases.decay, done,
+            )  # fmt: skip
+
+    def put_back(self, stage: Stage, student: Any) -> None:
+        """Weights, optimizer, loss scale, text and random generators as they were, onto the first stage that runs.
+
+        At the end of the stage before it only weights (a file may hold them rounded) and random generators are.
+        """
+        state, self.state = self.state, {}
+        if not state:
+            return
+        restore_weights(student, state["weights"])
+        set_rng_state(state["rng"])
+        if stage.name != self.interrupted:
+            return
+        flags, args = self.standing.flags, self.args
+        if flags["optimizer"] != args.optimizer:
+            log.warning("%s starts with fresh state; that of %s is dropped", args.optimizer, flags["optimizer"])
+        load_optimizer_state(
+            stage.optimizer,
+            state["optimizer"],
+            student,
+            same_kind=flags["optimizer"] == args.optimizer,
+            same_dtype=flags["dtype"] == args.dtype,
+            sharded=is_sharded(stage.trainable),
+        )
+        if stage.scaler is not None and state["scaler"] is not None:
+            stage.scaler.load_state_dict(state["scaler"])
+        if self.progress.loader:
+            stage.loader.load_state_dict(self.progress.loader)
+
+
+@torch.no_grad()
+def restore_weights(student: Any, weights: dict[str, torch.Tensor]) -> None:
+    """Write whole tensors into a student's parameters, or each rank's rows of them into its shards.
+
+    A frozen one may be the teacher's own memory: it gets its own before it is written to.
+    """
+    named = dict(student.named_parameters())
+    for name, value in weights.items():
+        parameter = named[name]
+        if not parameter.requires_grad and type(parameter) is torch.nn.Parameter:
+            parameter.data = parameter.data.clone()
+        copy_rows(parameter, value)
