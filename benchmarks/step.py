@@ -39,7 +39,6 @@ from distill.forms import DeviceBatch, Progress, Stage
 from distill.losses import dense_kd_loss
 from hardware.devices import default_dtype
 from hardware.memory import MemoryEstimate
-from hardware.parallel import choose_parallel
 from hardware.ranks import Ranks, launched
 from hardware.recomputation import set_activation_checkpointing
 from model_utils import apply_replacements, as_teacher, freeze, share_frozen_weights, transfer_teacher_weights
@@ -47,7 +46,8 @@ from models import LlambaForCausalLM
 from optim.schedule import Phases
 from optim.update_in_backward import UpdateInBackward
 from run import build, inputs, stages
-from run.acceleration import accelerate, compiles
+from run.acceleration import accelerate, compiles, try_step
+from run.inputs import choose_parallel
 from run.text import RunText
 from trainer import Services, run_stage
 
@@ -267,6 +267,7 @@ def measure(
     if estimate is not None:
         accelerate(args, models, estimate.modes)
         place(args, models, ranks)
+        try_step(args, models)
         row["accelerate_s"] = time.perf_counter() - began - row["build_s"]
     micro_steps = args.grad_accumulation_steps * (bench.warmup + bench.steps)
     loader = SyntheticLoader(args, sizes.teacher.vocab_size, micro_steps, clock)

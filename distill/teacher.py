@@ -3,9 +3,7 @@
 Only hidden states cross between devices and ranks, never logits: the teacher's head stands where the loss is.
 """
 
-import argparse
-from collections.abc import Collection
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,20 +14,6 @@ from hardware.ranks import Ranks
 from model_utils import teacher_hidden
 
 LATER: Any = {"non_blocking": True}
-
-TeacherNeed = Literal["never", "at the start", "throughout"]
-
-
-def teacher_need(args: argparse.Namespace, names: Collection[str], *, fresh: bool) -> TeacherNeed:
-    """When a run of the stages `names` needs the teacher's weights; `fresh`: the student takes its start from them.
-
-    Figures by layer, which are on by default, are no reason: they leave out the distance to a teacher that is not
-    there.
-    """
-    aligns = "matrix" in names or "hidden" in names
-    if args.kl_weight > 0 or args.eval_dataset or args.sample_interval or aligns:
-        return "throughout"
-    return "at the start" if fresh else "never"
 
 
 class TeacherBackbone(nn.Module):

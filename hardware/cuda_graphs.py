@@ -4,19 +4,14 @@ A small pair (SmolLM2-135M at 16 x 1024 tokens) needs 90 ms of the device and 10
 graph it takes what the device needs. A large pair keeps the device busy anyway and is left as it is.
 """
 
-import argparse
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from run.acceleration import compiles
-
-if TYPE_CHECKING:
-    from distill.forms import DeviceBatch, Sums
+from distill.forms import DeviceBatch, Sums
 
 log = logging.getLogger(__name__)
 
@@ -24,23 +19,17 @@ EAGER_CALLS = 2  # before the capture: they compile, and show what memory a step
 LARGEST_SHARE = 0.45  # of the device's memory: a graph keeps its activations' memory to itself
 
 
-def captures(args: argparse.Namespace, models: Any, ranks: Any) -> bool:
-    """CUDA graphs are on by default where one device does everything and gradients go the ordinary way."""
-    alone = ranks.alone and models.device == models.teacher_device
-    return alone and compiles(args) and not (args.no_cuda_graphs or args.update_in_backward or args.document_reset)
-
-
 class CapturedMicroStep:
     """Wraps a micro step for `trainer.run_stage`: the same kernels on the same numbers, launched as a graph.
 
     The first calls run as they are; then the step is captured, unless it takes more than `LARGEST_SHARE` of the
-    device's memory. A batch of another shape runs as it is, and document positions are not for here (`captures`).
+    device's memory. A batch of another shape runs as it is, and document positions are not for here.
     Gradients stay where the graph writes them: a parameter whose `.grad` was dropped gets its buffer back, zeroed.
     """
 
     def __init__(
         self,
-        micro_step: "Callable[[DeviceBatch, Tensor], Sums]",
+        micro_step: Callable[[DeviceBatch, Tensor], Sums],
         parameters: list[nn.Parameter],
         device: torch.device,
     ):
@@ -49,7 +38,7 @@ class CapturedMicroStep:
         self.calls = 0
         self.gradients: list[tuple[nn.Parameter, Tensor]] = []  # kept for a graph alone: they are memory
 
-    def __call__(self, batch: "DeviceBatch", grad_scale: Tensor) -> "Sums":
+    def __call__(self, batch: DeviceBatch, grad_scale: Tensor) -> Sums:
         """As the micro step itself; figures are copies."""
         self.calls += 1
         if self.calls == EAGER_CALLS + 1 and self.gradients:
@@ -79,7 +68,7 @@ class CapturedMicroStep:
                 buffer.copy_(parameter.grad)
             parameter.grad = buffer
 
-    def _capture(self, batch: "DeviceBatch", grad_scale: Tensor) -> None:
+    def _capture(self, batch: DeviceBatch, grad_scale: Tensor) -> None:
         """Record a step, without running it; what cannot be recorded is one warning line, and runs as it is."""
         copies = {name: getattr(batch, name).clone() for name in ("inputs", "labels", "valid")}
         self.batch = replace(batch, **copies, source=None, following=None, teacher_hidden=None, ready=None)

@@ -5,7 +5,6 @@ on one layer of each kind (`activation_bytes.py`). What lives at once differs ov
 it: loss, backward pass layer by layer, update.
 """
 
-import argparse
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +14,12 @@ import torch
 from torch import nn
 
 from distill.losses import CHUNK_LOGITS_COMPILED, CHUNK_LOGITS_EAGER, PARTS_COMPILED
-from distill.teacher import TeacherNeed
 from hardware.activation_bytes import saved_bytes
 from hardware.meta_models import meta_student, teacher_sizes
 from hardware.recomputation import MODES, set_activation_checkpointing
+from hardware.settings import StepSettings, TeacherNeed
 from models import LlambaConfig
 from optim.muon import STACKED
-from run.acceleration import compiles
 
 GIB = 2**30
 CONTEXT = 0.6 * GIB  # kernels and libraries loaded on first use, outside torch's allocator
@@ -86,20 +84,18 @@ class StepModel:
         self,
         teacher_config: Any,
         student_config: LlambaConfig,
-        args: argparse.Namespace,
+        settings: StepSettings,
         shards: int = 1,
         replicated: bool = False,
         teacher_need: TeacherNeed = "throughout",
         whole_gradients: bool = False,
     ):
-        self.args, self.shards, self.replicated, self.teacher_need = args, shards, replicated, teacher_need
+        self.settings, self.shards, self.replicated, self.teacher_need = settings, shards, replicated, teacher_need
         self.whole_gradients = whole_gradients
-        self.dtype = getattr(torch, args.dtype)
-        self.parameter_dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
-        self.student = meta_student(teacher_config, student_config, args, self.parameter_dtype)
-        self.same_device = (args.teacher_device or args.device) == args.device
-        self.compiled = compiles(args)
-        self.update_in_backward = getattr(args, "update_in_backward", False)
+        self.dtype, self.parameter_dtype = settings.dtype, settings.parameter_dtype
+        self.student = meta_student(teacher_config, student_config, settings)
+        self.same_device, self.compiled = settings.one_device, settings.compiled
+        self.update_in_backward = settings.update_in_backward
         self.costs: dict[tuple[str, str], LayerCost] = {}
         self.constants = self._weights(teacher_config)
 
@@ -111,7 +107,7 @@ class StepModel:
         total = sum(p.numel() for p in self.student.parameters())
         own: float = (total - frozen if sharable else total) * self.parameter_dtype.itemsize
         there: float = teacher * size
-        if self.args.teacher_fp8:
+        if self.settings.teacher_fp8:
             shared = frozen * size if sharable else 0
             there = (teacher - matrices) * size + matrices + shared
         copies = total * size if self.dtype == torch.float16 else 0  # autocast keeps its casts until the step's end
@@ -119,13 +115,13 @@ class StepModel:
         state = 0.0
         for parameter in self._trainable():
             matrix = parameter.ndim > 1
-            state += parameter.numel() * STATE_BYTES[self.args.optimizer if matrix else "adamw"][wide]
+            state += parameter.numel() * STATE_BYTES[self.settings.optimizer if matrix else "adamw"][wide]
         there = there if self.same_device else 0.0
         whole = total * self.parameter_dtype.itemsize  # nothing is shared or let go of yet
         self.loading = {"teacher weights": there, "student weights": float(whole)}
         if self.shards > 1:  # embeddings and heads are whole throughout a step; so are two of a teacher's layers
             ends, layers = (teacher - matrices) * size, self.student.config.n_layer
-            if there and not self.args.teacher_fp8:  # whose codes are buffers, and not sharded
+            if there and not self.settings.teacher_fp8:  # whose codes are buffers, and not sharded
                 there = ends + (there - ends) * (1 / self.shards + 2 / layers)
             table: Any = self.student.backbone.embedding.weight
             distinct = {p: p.numel() for p in (table, self.student.lm_head.weight)}
@@ -156,7 +152,7 @@ class StepModel:
         table: Any = self.student.backbone.embedding.weight
         if not table.requires_grad:
             return 0.0
-        return table.numel() * table.element_size() * (2.0 if self.args.grad_accumulation_steps > 1 else 1.0)
+        return table.numel() * table.element_size() * (2.0 if self.settings.grad_accumulation_steps > 1 else 1.0)
 
     def _layers(self) -> Any:
         return self.student.backbone.layers
@@ -177,24 +173,24 @@ class StepModel:
         return self.costs[key]
 
     def _measure(self, index: int, mode: str) -> LayerCost:
-        args = self.args
+        settings = self.settings
         set_activation_checkpointing(self.student, mode)
-        saved = saved_bytes(self.student, index, args.batch_size, args.seq_length, self.compiled, self.dtype)
+        saved = saved_bytes(self.student, index, settings.batch_size, settings.seq_length, self.compiled, self.dtype)
         set_activation_checkpointing(self.student, "none")
-        tokens = args.batch_size * args.seq_length
+        tokens = settings.batch_size * settings.seq_length
         size = self.dtype.itemsize
         working = 3.0 * tokens * self.student.config.mlp_cfg["intermediate_size"] * size
         if mode != "none":
             working += max(0.0, self.cost(index, "none").saved - saved)
-        if args.document_reset and self.kind(index) == "attention":
-            saved += args.batch_size * args.seq_length**2 * size  # the mask, as a bias
+        if settings.document_reset and self.kind(index) == "attention":
+            saved += settings.batch_size * settings.seq_length**2 * size  # the mask, as a bias
         return LayerCost(saved, working)
 
     def loss(self) -> float:
         """Logits of a chunk, the gradient of the hidden states, the teacher's hidden states."""
         config = self.student.config
-        hidden = self.args.batch_size * self.args.seq_length * config.d_model * self.dtype.itemsize
-        logits = self.args.batch_size * self.args.seq_length * config.vocab_size
+        hidden = self.settings.batch_size * self.settings.seq_length * config.d_model * self.dtype.itemsize
+        logits = self.settings.batch_size * self.settings.seq_length * config.vocab_size
         if self.compiled:
             chunk = (1 + 1 / PARTS_COMPILED) * min(CHUNK_LOGITS_COMPILED, logits) * self.dtype.itemsize
         else:
@@ -206,10 +202,10 @@ class StepModel:
 
         The distances of all layers go backward before the first layer does. Eagerly each keeps a float32 difference.
         """
-        if not self.args.layer_weight:
+        if not self.settings.layer_weight:
             return 0.0
         layers = self.student.config.n_layer
-        tokens = self.args.batch_size * self.args.seq_length * self.student.config.d_model
+        tokens = self.settings.batch_size * self.settings.seq_length * self.student.config.d_model
         differences = 0 if self.compiled else 4 * (layers - 1)
         states = layers * (1 if self.same_device else 2) + layers - 1
         return float(tokens * (states * self.dtype.itemsize + differences))
@@ -222,8 +218,10 @@ class StepModel:
         held = 0.0
         if not self.update_in_backward:
             wide = self.parameter_dtype.itemsize == 4
-            held = sum(p.numel() for p in self._trainable()) * UPDATE_BYTES[self.args.optimizer][wide] / self.shards
-        if self.args.optimizer == "muon":
+            held = (
+                sum(p.numel() for p in self._trainable()) * UPDATE_BYTES[self.settings.optimizer][wide] / self.shards
+            )
+        if self.settings.optimizer == "muon":
             backbone: Any = self.student.backbone
             largest = max(p.numel() for layer in backbone.layers for p in layer.parameters())
             held += MUON_BYTES[self.compiled] * (largest if self.update_in_backward else max(STACKED, largest))
@@ -251,7 +249,7 @@ class StepModel:
         gradients = self.layer_gradients()
         head, embedding = self.head_gradient(), self.embedding_gradient()
         everything = sum(gradients) + head + embedding
-        kept = everything if self.args.grad_accumulation_steps > 1 else 0.0
+        kept = everything if self.settings.grad_accumulation_steps > 1 else 0.0
         in_place = self.update_in_backward or self.replicated  # gradients leave their own memory as they come
         moments = [{"gradients": max(head, kept), "activations": sum(c.saved for c in costs), "loss": self.loss()}]
         update = self.update()
@@ -271,7 +269,7 @@ class StepModel:
         What micro steps have added up is a float32 shard of each gradient, or float32 and whole (`whole_gradients`).
         Beside what is kept of weights two layers are gathered, the one at work and the next.
         """
-        size, adds = self.parameter_dtype.itemsize, self.args.grad_accumulation_steps > 1
+        size, adds = self.parameter_dtype.itemsize, self.settings.grad_accumulation_steps > 1
         trained = [sum(p.numel() for p in layer.parameters() if p.requires_grad) for layer in self._layers()]
         two = 2.0 * size * max(sum(p.numel() for p in layer.parameters()) for layer in self._layers())
         everything = sum(p.numel() for p in self._trainable())
@@ -294,35 +292,35 @@ class StepModel:
 
     def _savings(self, parts: dict[str, float], costs: list[LayerCost]) -> dict[str, float]:
         """What each flag would save, in bytes, roughly: for advice."""
-        args, activations = self.args, parts["activations"]
+        settings, activations = self.settings, parts["activations"]
         found: dict[str, float] = {}
-        minimum = args.batch_size * args.seq_length * self.student.config.d_model * self.dtype.itemsize
+        minimum = settings.batch_size * settings.seq_length * self.student.config.d_model * self.dtype.itemsize
         found["--gradient_checkpointing full"] = sum(c.saved for c in costs) - minimum * len(costs)
-        if args.batch_size > 1:
-            share = 1 - 1 / args.batch_size
+        if settings.batch_size > 1:
+            share = 1 - 1 / settings.batch_size
             found["--batch_size 1 with more --grad_accumulation_steps"] = share * (
                 activations + parts.get("loss", 0.0)
             )
-        if args.seq_length > 1024:
-            found[f"--seq_length {args.seq_length // 2}"] = 0.5 * activations
+        if settings.seq_length > 1024:
+            found[f"--seq_length {settings.seq_length // 2}"] = 0.5 * activations
         backbone: Any = self.student.backbone
-        per = self.parameter_dtype.itemsize * 2 + STATE_BYTES[args.optimizer][self.parameter_dtype.itemsize == 4]
+        per = self.parameter_dtype.itemsize * 2 + STATE_BYTES[settings.optimizer][self.parameter_dtype.itemsize == 4]
         for flag, modules in {
             "--freeze_mlp": [layer.mlp for layer in backbone.layers],
             "--freeze_embeddings": [nn.ModuleList([backbone.embedding, self.student.lm_head])],  # tied: counted once
         }.items():
             found[flag] = per * sum(p.numel() for m in modules for p in m.parameters() if p.requires_grad)
-        if args.optimizer != "adamw8bit":
+        if settings.optimizer != "adamw8bit":
             wide = self.parameter_dtype.itemsize == 4
-            change = STATE_BYTES[args.optimizer][wide] - STATE_BYTES["adamw8bit"][wide]
+            change = STATE_BYTES[settings.optimizer][wide] - STATE_BYTES["adamw8bit"][wide]
             found["--optimizer adamw8bit"] = change * sum(p.numel() for p in self._trainable())
         alone = self.shards == 1 and not self.replicated
-        refused = self.update_in_backward or self.dtype == torch.float16 or args.optimizer == "flashadamw"
-        if alone and not refused and args.grad_accumulation_steps == 1:
+        refused = self.update_in_backward or self.dtype == torch.float16 or settings.optimizer == "flashadamw"
+        if alone and not refused and settings.grad_accumulation_steps == 1:
             found["--update_in_backward"] = 0.9 * parts["gradients"]
         if self.same_device and parts["teacher weights"]:
             found["--teacher_device on another device"] = parts["teacher weights"]
-            if not args.teacher_fp8 and not args.freeze_mlp:
+            if not settings.teacher_fp8 and not settings.freeze_mlp:
                 found["--teacher_fp8"] = 0.45 * parts["teacher weights"]
         return {flag: size for flag, size in found.items() if size > 0.02 * sum(parts.values())}
 
@@ -330,14 +328,14 @@ class StepModel:
 def estimate_memory(
     teacher_config: Any,
     student_config: LlambaConfig,
-    args: argparse.Namespace,
+    settings: StepSettings,
     free_bytes: float | None = None,
     shards: int = 1,
     replicated: bool = False,
     teacher_need: TeacherNeed = "throughout",
     whole_gradients: bool = False,
 ) -> MemoryEstimate:
-    """The peak of a training step from the two configurations and the flags; nothing is loaded.
+    """The peak of a training step from the two configurations and the settings; nothing is loaded.
 
     `--gradient_checkpointing auto` takes the least recomputation with which the step fits into `free_bytes`: layers
     go from none to selective, then from selective to full, one at a time; on the CPU (`free_bytes` None) none.
@@ -345,10 +343,10 @@ def estimate_memory(
     A teacher that is needed "at the start" alone is gone in a step: the peak is a step's or the loading's.
     whole_gradients: those of shards are reduced once an optimizer step, not in each of its micro steps.
     """
-    step = StepModel(teacher_config, student_config, args, shards, replicated, teacher_need, whole_gradients)
+    step = StepModel(teacher_config, student_config, settings, shards, replicated, teacher_need, whole_gradients)
     layers = step.student.config.n_layer
-    if args.gradient_checkpointing != "auto":
-        return step.estimate([args.gradient_checkpointing] * layers)
+    if settings.gradient_checkpointing != "auto":
+        return step.estimate([settings.gradient_checkpointing] * layers)
     plain = step.estimate(["none"] * layers)
     if free_bytes is None or plain.needed <= free_bytes:
         return plain
@@ -360,13 +358,14 @@ def estimate_memory(
     return step.estimate([MODES[-1]] * layers)
 
 
-def oom_advice(estimate: MemoryEstimate, args: argparse.Namespace) -> str:
+def oom_advice(estimate: MemoryEstimate, settings: StepSettings) -> str:
     """One line for a run that is out of memory: where it goes, and the flags that help, the best first."""
     ranked = sorted(estimate.savings.items(), key=lambda item: -item[1])
-    if args.gradient_checkpointing == "full":
+    if settings.gradient_checkpointing == "full":
         ranked = [item for item in ranked if "checkpointing" not in item[0]]
     flags = "; ".join(f"{flag} (about {size / GIB:.1f} GiB)" for flag, size in ranked) or "a larger device"
-    return f"out of memory on {args.device}; a step needs about {estimate.describe()}. What helps most first: {flags}"
+    peak = estimate.describe()
+    return f"out of memory on {settings.device}; a step needs about {peak}. What helps most first: {flags}"
 
 
 def is_out_of_memory(error: Exception) -> bool:

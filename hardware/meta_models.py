@@ -1,6 +1,5 @@
 """Models on the meta device, from their configurations alone: sizes for the estimate, and what shards are made of."""
 
-import argparse
 import copy
 from collections.abc import Sequence
 from typing import Any
@@ -9,29 +8,27 @@ import torch
 
 from arguments import auto_layers
 from hardware.devices import default_dtype
+from hardware.settings import StepSettings
 from model_utils import decoder_layers, freeze
 from models import LlambaConfig, LlambaForCausalLM
 
 
-def meta_student(
-    teacher_config: Any, student_config: LlambaConfig, args: argparse.Namespace, dtype: torch.dtype
-) -> LlambaForCausalLM:
+def meta_student(teacher_config: Any, student_config: LlambaConfig, settings: StepSettings) -> LlambaForCausalLM:
     """The student as it will train, on the meta device: replaced layers in place, frozen parameters frozen."""
     config = copy.deepcopy(student_config)
     if not config.attention_layers:
-        config.attention_layers = replaced_layers(args.layers, config.n_layer)
+        config.attention_layers = replaced_layers(settings.layers, config.n_layer)
         config.attention_cfg = LlambaConfig.describe_attention(teacher_config)
-    attention = getattr(args, "attn_implementation", "sdpa")
-    config._attn_implementation = "eager" if attention == "eager" else "sdpa"
-    with torch.device("meta"), default_dtype(dtype):
+    config._attn_implementation = "eager" if settings.attn_implementation == "eager" else "sdpa"
+    with torch.device("meta"), default_dtype(settings.parameter_dtype):
         student = LlambaForCausalLM(config)
     if config.tie_embeddings:
         student.lm_head.weight = student.backbone.embedding.weight
     freeze(
         student,
-        mlp=args.freeze_mlp,
-        replaced_layers=args.freeze_replaced_layers,
-        embeddings=args.freeze_embeddings,
+        mlp=settings.freeze_mlp,
+        replaced_layers=settings.freeze_replaced_layers,
+        embeddings=settings.freeze_embeddings,
     )
     return student.train()
 

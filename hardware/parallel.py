@@ -1,6 +1,5 @@
 """A student on several ranks: replicated (DDP) or sharded (FSDP2), and its checkpoints put together again."""
 
-import argparse
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -13,25 +12,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from hardware.ranks import Ranks
-from utils import UserError
-
-
-def choose_parallel(args: argparse.Namespace, ranks: Ranks) -> str:
-    """What `--parallel` asks for: none on one rank, ddp, fsdp, or auto where only an estimate can tell.
-
-    Raises `UserError` for flags that work on one rank alone. The CPU replicates.
-    """
-    if ranks.alone:
-        return "none"
-    if args.update_in_backward:
-        raise UserError("--update_in_backward works on one rank; under torchrun use --parallel fsdp to save memory")
-    if args.optimizer == "flashadamw":
-        raise UserError("--optimizer flashadamw works on one rank; under torchrun use adamw8bit or adamw")
-    if args.layer_weight and args.teacher_device:
-        raise UserError("--layer_weight needs a teacher on every rank; leave --teacher_device out under torchrun")
-    if args.optimizer == "muon" and args.parallel == "fsdp":
-        raise UserError("--optimizer muon updates whole matrices; use --parallel ddp, or --optimizer adamw8bit")
-    return "ddp" if args.parallel == "auto" and not args.device.startswith("cuda") else args.parallel
 
 
 def head_names(step: Any) -> list[str]:

@@ -1,21 +1,25 @@
 """What the flags ask of speed and memory, applied once to both models, and one trial step of everything compiled."""
 
 import argparse
-import functools
 import logging
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import nn
 
-from distill.losses import chunked_kd_loss, layer_distances
+from data import Batch
+from distill.distillation import kd_micro_step
+from distill.forms import DeviceBatch
 from hardware.compilation import compile_layers, compiles_here, uncompile_layers
 from hardware.fp8 import check_fp8, quantise_teacher_fp8
+from hardware.ranks import Ranks
 from hardware.recomputation import set_activation_checkpointing
-from model_utils import teacher_hidden
+from hardware.settings import StepSettings
 from optim.build import build_optimizer
 from optim.moments import block_length
+from trainer import to_device
 
 log = logging.getLogger(__name__)
 
@@ -25,12 +29,25 @@ def compiles(args: argparse.Namespace) -> bool:
     return args.device.startswith("cuda") and not args.no_compile
 
 
-def accelerate(args: argparse.Namespace, models: Any, modes: str | Sequence[str], *, trial: bool = True) -> None:
-    """Apply checkpointing, the fp8 teacher and compilation to a pair (`build.Models`), in place.
+def step_settings(args: argparse.Namespace) -> StepSettings:
+    """What a step's memory depends on, of the flags."""
+    same = [field.name for field in fields(StepSettings) if field.name not in ("dtype", "teacher_device", "compiled")]
+    return StepSettings(
+        **{name: getattr(args, name) for name in same},
+        dtype=getattr(torch, args.dtype),
+        teacher_device=args.teacher_device or args.device,
+        compiled=compiles(args),
+    )
 
-    If anything fails to compile, everything runs eagerly, and `args.no_compile` says so from then on. Without
-    `trial` that is left to `try_sharded`, for a pair that has no weights yet.
-    """
+
+def captures(args: argparse.Namespace, models: Any, ranks: Ranks) -> bool:
+    """CUDA graphs are on by default where one device does everything and gradients go the ordinary way."""
+    alone = ranks.alone and models.device == models.teacher_device
+    return alone and compiles(args) and not (args.no_cuda_graphs or args.update_in_backward or args.document_reset)
+
+
+def accelerate(args: argparse.Namespace, models: Any, modes: str | Sequence[str]) -> None:
+    """Apply checkpointing, the fp8 teacher and compilation to a pair (`build.Models`), in place."""
     set_activation_checkpointing(models.student, modes)
     if args.teacher_fp8 and models.teacher is not None:
         check_fp8(models.teacher_device)
@@ -43,35 +60,26 @@ def accelerate(args: argparse.Namespace, models: Any, modes: str | Sequence[str]
     pair = [model for model in (models.teacher, models.student) if model is not None]
     for model in pair:
         compile_layers(model)
-    if not trial:
-        return
-    if not compiles_here("a layer, the loss or the optimizer", functools.partial(trial_step, args, models)):
-        args.no_compile = True
-        for model in pair:
-            uncompile_layers(model)
-    models.student.zero_grad(set_to_none=True)
 
 
-def try_sharded(args: argparse.Namespace, models: Any) -> None:
-    """The trial of a pair that is sharded already: a whole step, on every rank; leaves no gradient behind."""
+def try_step(args: argparse.Namespace, models: Any) -> None:
+    """Everything compiled, once, at the shapes of the run: the KD stages' own micro step, and an update.
+
+    If anything fails to compile, everything runs eagerly, and `args.no_compile` says so from then on. On every rank
+    of a sharded pair, or of a host's teacher; leaves no gradient behind.
+    """
     if not compiles(args):
         return
+    micro_step = kd_micro_step(models.step, models.hidden_states if args.kl_weight > 0 else None)
 
     def step() -> None:
-        tokens = torch.zeros((args.batch_size, args.seq_length), dtype=torch.long, device=models.device)
-        positions = None
-        if args.document_reset:  # two documents, so that attention gets its mask
-            positions = torch.arange(args.seq_length, device=models.device) % max(1, args.seq_length // 2)
-            positions = positions.expand(tokens.shape).contiguous()
-        hidden = models.hidden_states.backbone(tokens, positions) if args.kl_weight > 0 else None
-        valid = torch.ones_like(tokens, dtype=torch.bool)
-        one = torch.ones((), device=models.device)
-        models.step(tokens, tokens, valid, positions, hidden, one).loss.backward()
+        micro_step(trial_batch(args, models.device), torch.ones((), device=models.device))
         _try_optimizer(args, models.student)
 
     if not compiles_here("a layer, the loss or the optimizer", step):
         args.no_compile = True
-        models.step.reset_iter_state()
+        if hasattr(models.step, "reset_iter_state"):  # FSDP2's, in the middle of a backward pass
+            models.step.reset_iter_state()
         models.step.options["compile"] = False
         for model in (models.teacher, models.student):
             if model is not None:
@@ -79,34 +87,15 @@ def try_sharded(args: argparse.Namespace, models: Any) -> None:
     models.step.zero_grad(set_to_none=True)
 
 
-def trial_step(args: argparse.Namespace, models: Any) -> None:
-    """Everything compiled, once, at the shapes of the run: both models, loss, backward pass, optimizer."""
+def trial_batch(args: argparse.Namespace, device: torch.device) -> DeviceBatch:
+    """A batch of the KD stages' shape; with `--document_reset` of two documents, so that attention gets its mask."""
     shape = (args.batch_size, args.seq_length)
-    tokens = torch.zeros(shape, dtype=torch.long, device=models.device)
     positions = None
-    if args.document_reset:  # two documents, so that attention gets its mask
-        positions = torch.arange(shape[1], device=models.device) % max(1, shape[1] // 2)
-        positions = positions.expand(shape).contiguous()
-    matches = args.layer_weight > 0  # the teacher's hidden states are then those of every layer
-    theirs: Any = None
-    their_head = None
-    if args.kl_weight > 0:
-        where = None if positions is None else positions.to(models.teacher_device)
-        theirs = teacher_hidden(models.teacher, tokens.to(models.teacher_device), where, matches).to(models.device)
-        their_head = models.teacher.get_output_embeddings().weight.to(models.device)
-    half = torch.float16 if models.dtype == torch.float16 else None
-    with torch.autocast(models.device.type, half, enabled=half is not None):
-        states = models.student.backbone(tokens, position_ids=positions, output_hidden_states=matches)
-    options = dict(temperature=args.temperature, kl_weight=args.kl_weight, ce_weight=args.ce_weight)
-    head = models.student.lm_head.weight.detach()
-    valid = torch.ones(shape, dtype=torch.bool, device=models.device)
-    last = theirs[-1] if matches else theirs
-    terms = chunked_kd_loss(states.last_hidden_state, head, last, their_head, tokens, valid, compile=True, **options)
-    loss = terms.loss
-    if matches:
-        loss = loss + layer_distances(states.hidden_states, theirs, valid, True)
-    loss.backward()
-    _try_optimizer(args, models.student)
+    if args.document_reset:
+        positions = (torch.arange(shape[1]) % max(1, shape[1] // 2)).expand(shape).contiguous()
+    tokens = torch.zeros((shape[0], shape[1] + 1), dtype=torch.long)
+    valid = torch.ones(shape, dtype=torch.bool)
+    return to_device(Batch(tokens, valid, positions, []), device, {}, non_blocking=False)
 
 
 def _try_optimizer(args: argparse.Namespace, student: Any) -> None:

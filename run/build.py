@@ -31,7 +31,7 @@ from model_utils import (
 )
 from models import LlambaForCausalLM
 from run import sharded_build
-from run.acceleration import accelerate, compiles, try_sharded
+from run.acceleration import accelerate, compiles, try_step
 from run.inputs import Inputs
 from run.plan import stage_names
 from run.text import RunText
@@ -110,6 +110,7 @@ def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, 
     on_cpu = "none" if args.gradient_checkpointing == "auto" else args.gradient_checkpointing
     accelerate(args, models, inputs.estimate.modes if inputs.estimate else on_cpu)
     connect(args, models, ranks)
+    try_step(args, models)
     return models
 
 
@@ -154,7 +155,7 @@ def build_sharded(
     models = Models(teacher, student, inputs.text, device, teacher_device, getattr(torch, args.dtype))
     models.whole_gradients = inputs.estimate is not None and inputs.estimate.whole_gradients
     on_cpu = "none" if args.gradient_checkpointing == "auto" else args.gradient_checkpointing
-    accelerate(args, models, inputs.estimate.modes if inputs.estimate else on_cpu, trial=False)
+    accelerate(args, models, inputs.estimate.modes if inputs.estimate else on_cpu)
     connect(args, models, ranks)
     distribute(args, models, "fsdp")
     first = stage_names(args)[0]
@@ -164,7 +165,7 @@ def build_sharded(
         models.step.teacher_head[0] = None
         del teacher
         gc.collect()
-    try_sharded(args, models)
+    try_step(args, models)
     return models
 
 

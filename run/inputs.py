@@ -12,14 +12,14 @@ import torch
 from arguments import FROM_TEACHER, NotGiven
 from checkpoints.origins import Origins
 from distill.initialization import student_config
-from distill.teacher import TeacherNeed, teacher_need
-from hardware import parallel
 from hardware.devices import check_device
 from hardware.memory import GIB, MemoryEstimate, estimate_memory
 from hardware.ranks import Ranks
+from hardware.settings import TeacherNeed
 from hub.model_files import fetch_model
 from model_utils import check_layers, check_pair, check_teacher_config, get_tokenizer, is_distilled, load_config
 from models import LlambaConfig
+from run.acceleration import step_settings
 from run.text import RunText
 from utils import UserError
 
@@ -71,7 +71,7 @@ def check_inputs(
         args.layers = settle_layers(args.layers, student, student_source)
     check_layers(args.layers, teacher.num_hidden_layers)
     need = teacher_need(args, names, fresh=not is_distilled(student))
-    way, estimate = parallel.choose_parallel(args, ranks), None
+    way, estimate = choose_parallel(args, ranks), None
     if args.device.startswith("cuda"):
         free, total = torch.cuda.mem_get_info(args.device)
         way, estimate = settle_parallel(teacher, student, args, way, free, ranks, need)
@@ -100,6 +100,36 @@ def settle_layers(layers: list[int | str], student: LlambaConfig, source: str) -
     return layers
 
 
+def choose_parallel(args: argparse.Namespace, ranks: Ranks) -> str:
+    """What `--parallel` asks for: none on one rank, ddp, fsdp, or auto where only an estimate can tell.
+
+    Raises `UserError` for flags that work on one rank alone. The CPU replicates.
+    """
+    if ranks.alone:
+        return "none"
+    if args.update_in_backward:
+        raise UserError("--update_in_backward works on one rank; under torchrun use --parallel fsdp to save memory")
+    if args.optimizer == "flashadamw":
+        raise UserError("--optimizer flashadamw works on one rank; under torchrun use adamw8bit or adamw")
+    if args.layer_weight and args.teacher_device:
+        raise UserError("--layer_weight needs a teacher on every rank; leave --teacher_device out under torchrun")
+    if args.optimizer == "muon" and args.parallel == "fsdp":
+        raise UserError("--optimizer muon updates whole matrices; use --parallel ddp, or --optimizer adamw8bit")
+    return "ddp" if args.parallel == "auto" and not args.device.startswith("cuda") else args.parallel
+
+
+def teacher_need(args: argparse.Namespace, names: Collection[str], *, fresh: bool) -> TeacherNeed:
+    """When a run of the stages `names` needs the teacher's weights; `fresh`: the student takes its start from them.
+
+    Figures by layer, which are on by default, are no reason: they leave out the distance to a teacher that is not
+    there.
+    """
+    aligns = "matrix" in names or "hidden" in names
+    if args.kl_weight > 0 or args.eval_dataset or args.sample_interval or aligns:
+        return "throughout"
+    return "at the start" if fresh else "never"
+
+
 def settle_parallel(
     teacher: Any,
     student: LlambaConfig,
@@ -113,7 +143,8 @@ def settle_parallel(
 
     Shards' gradients are reduced in each micro step, unless there is room for whole ones without more recomputation.
     """
-    estimated = functools.partial(estimate_memory, teacher, student, args, free, teacher_need=need)
+    settings = step_settings(args)
+    estimated = functools.partial(estimate_memory, teacher, student, settings, free, teacher_need=need)
     if way != "fsdp":
         estimate = estimated(replicated=way != "none")
         if way != "auto":

@@ -21,17 +21,18 @@ from checkpoints.run_state import rng_state
 from checkpoints.store import CheckpointStore
 from distill.forms import DeviceBatch, Progress, Stage
 from distill.meter import TooManyBadSteps
-from distill.teacher import TeacherNeed
 from evaluation.diagnostics import PROMPTS, as_numbers, continuations, gradient_norms, layer_distances
 from evaluation.held_out import figures_of, held_out_sums
 from hardware.memory import MemoryEstimate, estimate_memory, oom_advice
 from hardware.parallel import is_sharded, whole_optimizer_state, whole_weights
 from hardware.ranks import RankFailed, RankLost, Ranks, SharedMistake
+from hardware.settings import TeacherNeed
 from hub.hub_files import DataStreamLost
 from model_utils import frozen_names, load_config
 from optim.saved_state import named_state
 from optim.schedule import Phases
 from plot_metrics import plot_runs
+from run.acceleration import step_settings
 from run.build import Models
 from run.resume import Start, choose_start
 from run.resumption import Resumption
@@ -273,10 +274,10 @@ class Session:
             commit = self.origins.commits.get("teacher_model")
             teacher = load_config(args.teacher_model, local_files_only=True, revision=commit)
             need: TeacherNeed = "never" if models.teacher is None else "throughout"
-            self.estimate = estimate_memory(teacher, models.student.config, args, teacher_need=need)
+            self.estimate = estimate_memory(teacher, models.student.config, step_settings(args), teacher_need=need)
         if self.estimate is None:
             return f"out of memory on {args.device} while the models were loaded"
-        return oom_advice(self.estimate, args)
+        return oom_advice(self.estimate, step_settings(args))
 
     def save(self, progress: Progress, stage: Stage) -> None:
         """Write `checkpoint-<step>`: whole state, so that a resumed run equals one never interrupted."""

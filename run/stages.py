@@ -11,12 +11,12 @@ from distill.forms import Stage
 from distill.gradient_check import without_gradient
 from distill.mohawk import AlignmentStep, trained_mixers
 from hardware import parallel
-from hardware.cuda_graphs import CapturedMicroStep, captures
+from hardware.cuda_graphs import CapturedMicroStep
 from hardware.ranks import Ranks
 from optim.build import build_optimizer
 from optim.schedule import Phases, build_schedule
 from optim.update_in_backward import UpdateInBackward
-from run.acceleration import compiles
+from run.acceleration import captures, compiles
 from run.build import Models, distribute
 from run.plan import sequence_length
 

@@ -11,13 +11,14 @@ from distill.distillation import DistillationStep
 from distill.losses import layer_distance
 from distill.teacher import OwnTeacher
 from hardware.memory import estimate_memory
-from hardware.parallel import choose_parallel
 from hardware.ranks import Ranks
 from helpers import runs
 from helpers.stages import batches_of, make_stage
 from helpers.teachers import TEACHERS, make_student, make_teacher
 from model_utils import teacher_hidden
 from optim.muon import STACKED
+from run.acceleration import step_settings
+from run.inputs import choose_parallel
 from trainer import accumulate, to_device
 from utils import UserError
 
@@ -129,7 +130,7 @@ def test_memory_is_counted():
     held = []
     for flags in ([], ["--layer_weight", "1"], ["--optimizer", "muon"]):
         args = parse_arguments([*line, *flags])
-        held.append(estimate_memory(sizes.teacher, sizes.student, args))
+        held.append(estimate_memory(sizes.teacher, sizes.student, step_settings(args)))
     state = 512 * 576 * (59 * 2 + 29 * 4)  # states of 30 layers and gradients of 29 in bf16, differences in float32
     assert held[1].allocated - held[0].allocated == pytest.approx(state)
     assert held[2].parts["update"] <= 38 * STACKED

@@ -31,6 +31,7 @@ from models import LlambaConfig, LlambaForCausalLM
 from optim.build import build_optimizer
 from optim.step import clip_and_step
 from optim.update_in_backward import UpdateInBackward
+from run.acceleration import step_settings
 from utils import UserError
 
 GIB = 2**30
@@ -207,7 +208,7 @@ def saved_in_reality(layer: nn.Module, hidden: torch.Tensor) -> int:
 def test_activations_counted_on_the_meta_device_are_the_real_ones():
     config, args = student_config(tiny_llama_config()), flags("--freeze_mlp")
     _, student = pair()
-    meta = meta_student(tiny_llama_config(), config, args, torch.float32)
+    meta = meta_student(tiny_llama_config(), config, step_settings(args))
     hidden = torch.randn(2, 96, 64, requires_grad=True)
     wanted = saved_in_reality(student.backbone.layers[0], hidden)
     assert saved_bytes(meta, 0, 2, 96, False, torch.float32) == wanted
@@ -219,7 +220,7 @@ def test_activations_counted_on_the_meta_device_are_the_real_ones():
 @pytest.mark.parametrize("index", [0, 1])
 def test_each_mode_keeps_less_than_the_one_before(compiled, index):
     torch._dynamo.reset()
-    meta = meta_student(tiny_llama_config(), student_config(tiny_llama_config()), flags(), torch.float32)
+    meta = meta_student(tiny_llama_config(), student_config(tiny_llama_config()), step_settings(flags()))
     sizes = []
     for mode in MODES:
         set_activation_checkpointing(meta, mode)
@@ -239,8 +240,8 @@ def big_pair():
 def test_weights_gradients_and_state_are_counted_exactly():
     teacher, student = big_pair()
     args = flags("--freeze_mlp", "--dtype", "bfloat16", "--optimizer", "adamw", "--seq_length", "16")
-    parts = estimate_memory(teacher, student, args).parts
-    meta = meta_student(teacher, student, args, torch.bfloat16)
+    parts = estimate_memory(teacher, student, step_settings(args)).parts
+    meta = meta_student(teacher, student, step_settings(args))
     trainable = sum(p.numel() for p in meta.parameters() if p.requires_grad)
     mlp = 3 * 1024 * 4096 * 8
     assert sum(p.numel() for p in meta.parameters()) - trainable == mlp
@@ -254,9 +255,9 @@ def test_weights_gradients_and_state_are_counted_exactly():
 
 def test_one_copy_only_where_it_can_be_shared():
     teacher, student = big_pair()
-    together = estimate_memory(teacher, student, flags("--freeze_mlp", "--seq_length", "16")).parts
+    together = estimate_memory(teacher, student, step_settings(flags("--freeze_mlp", "--seq_length", "16"))).parts
     apart = estimate_memory(
-        teacher, student, flags("--freeze_mlp", "--seq_length", "16", "--teacher_device", "cuda:1")
+        teacher, student, step_settings(flags("--freeze_mlp", "--seq_length", "16", "--teacher_device", "cuda:1"))
     )
     assert apart.parts["teacher weights"] == 0
     assert apart.parts["student weights"] - together["student weights"] == 4 * 3 * 1024 * 4096 * 8
@@ -266,40 +267,40 @@ def test_auto_takes_the_least_recomputation_that_fits():
     teacher, student = big_pair()
     args = flags("--freeze_mlp", "--batch_size", "2", "--seq_length", "4096")
     assert args.gradient_checkpointing == "auto"
-    assert set(estimate_memory(teacher, student, args).modes) == {"none"}  # no limit known: the CPU
+    assert set(estimate_memory(teacher, student, step_settings(args)).modes) == {"none"}  # no limit known: the CPU
     peaks = {}
     for mode in MODES:
         args.gradient_checkpointing = mode
-        peaks[mode] = estimate_memory(teacher, student, args)
+        peaks[mode] = estimate_memory(teacher, student, step_settings(args))
     assert peaks["none"].allocated > peaks["selective"].allocated > peaks["full"].allocated
     args.gradient_checkpointing = "auto"
     for mode in MODES:
-        chosen = estimate_memory(teacher, student, args, peaks[mode].needed)
+        chosen = estimate_memory(teacher, student, step_settings(args), peaks[mode].needed)
         assert mode in chosen.modes and chosen.needed <= peaks[mode].needed
         assert all(MODES.index(used) <= MODES.index(mode) for used in chosen.modes)
     between = (peaks["none"].needed + peaks["selective"].needed) / 2
-    mixed = estimate_memory(teacher, student, args, between)
+    mixed = estimate_memory(teacher, student, step_settings(args), between)
     assert set(mixed.modes) == {"none", "selective"} and mixed.needed <= between
-    step = StepModel(teacher, student, args)
+    step = StepModel(teacher, student, step_settings(args))
     count = mixed.modes.count("selective")
     assert step.estimate(["selective"] * (count - 1) + ["none"] * (8 - count + 1)).needed > between
     assert "selective in" in mixed.describe()
-    hopeless = estimate_memory(teacher, student, args, 1.0)
+    hopeless = estimate_memory(teacher, student, step_settings(args), 1.0)
     assert set(hopeless.modes) == {"full"}
 
 
 def test_update_in_backward_needs_less_memory_than_all_gradients():
     teacher, student = big_pair()
     args = flags("--seq_length", "256", "--gradient_checkpointing", "full")
-    usual = estimate_memory(teacher, student, args)
+    usual = estimate_memory(teacher, student, step_settings(args))
     args.update_in_backward = True
-    assert estimate_memory(teacher, student, args).parts["gradients"] < 0.6 * usual.parts["gradients"]
+    assert estimate_memory(teacher, student, step_settings(args)).parts["gradients"] < 0.6 * usual.parts["gradients"]
 
 
 def test_advice_is_one_line_with_the_best_flag_first():
     teacher, student = big_pair()
     args = flags("--batch_size", "4", "--seq_length", "8192", "--optimizer", "adamw")
-    advice = oom_advice(estimate_memory(teacher, student, args), args)
+    advice = oom_advice(estimate_memory(teacher, student, step_settings(args)), step_settings(args))
     assert "\n" not in advice and "activations" in advice
     offered = advice.partition("first: ")[2]
     sizes = [float(part.split()[0]) for part in offered.split("(about ")[1:]]
@@ -307,7 +308,7 @@ def test_advice_is_one_line_with_the_best_flag_first():
     for flag in ("--gradient_checkpointing full", "--freeze_mlp", "--optimizer adamw8bit", "--batch_size 1"):
         assert flag in offered
     args.freeze_mlp, args.gradient_checkpointing = True, "full"
-    offered = oom_advice(estimate_memory(teacher, student, args), args)
+    offered = oom_advice(estimate_memory(teacher, student, step_settings(args)), step_settings(args))
     assert "--freeze_mlp (" not in offered and "--gradient_checkpointing full (" not in offered
 
 
@@ -325,7 +326,7 @@ def test_an_estimate_of_8b_reads_no_weights_and_fits_what_was_measured():
     torch._dynamo.reset()
     sizes = preset("8b")
     args = parse_arguments(["--freeze_mlp", "--gradient_checkpointing", "none"])
-    estimate = estimate_memory(sizes.teacher, sizes.student, args)
+    estimate = estimate_memory(sizes.teacher, sizes.student, step_settings(args))
     assert estimate.allocated / GIB == pytest.approx(58.9, rel=0.1)
 
 
@@ -336,7 +337,9 @@ def test_replicated_8b_holds_its_gradient_buckets_as_measured():
     torch._dynamo.reset()
     sizes = preset("8b")
     args = parse_arguments(["--freeze_mlp", "--gradient_checkpointing", "none"])
-    whole, replicated = (estimate_memory(sizes.teacher, sizes.student, args, replicated=ddp) for ddp in (False, True))
+    whole, replicated = (
+        estimate_memory(sizes.teacher, sizes.student, step_settings(args), replicated=ddp) for ddp in (False, True)
+    )
     assert (replicated.allocated - whole.allocated) / GIB == pytest.approx(62.6 - 57.8, abs=0.1)
     assert replicated.allocated / GIB == pytest.approx(62.6, rel=0.03)
     assert replicated.parts["gradients"] <= whole.parts["gradients"]
@@ -346,12 +349,16 @@ def test_accumulation_under_ddp_holds_gradients_beside_the_buckets():
     """Micro steps before the last one add up in memory of their own."""
     teacher, student = big_pair()
     args = flags("--grad_accumulation_steps", "2", "--gradient_checkpointing", "full", "--seq_length", "16")
-    whole, replicated = (estimate_memory(teacher, student, args, replicated=ddp).parts for ddp in (False, True))
+    whole, replicated = (
+        estimate_memory(teacher, student, step_settings(args), replicated=ddp).parts for ddp in (False, True)
+    )
     assert replicated["gradients"] == whole["gradients"]
     assert whole["gradient buckets"] == 0 and replicated["gradient buckets"] > 0.6 * whole["gradients"]
     args.grad_accumulation_steps = 1
     for ddp in (False, True):  # which works on one rank alone
-        advice = oom_advice(estimate_memory(teacher, student, args, replicated=ddp), args)
+        advice = oom_advice(
+            estimate_memory(teacher, student, step_settings(args), replicated=ddp), step_settings(args)
+        )
         assert ("--update_in_backward" in advice) is not ddp
 
 
@@ -517,7 +524,7 @@ def test_operations_of_a_step_are_those_of_the_reference():
 
     with torch.device("meta"):
         teacher = LlamaForCausalLM(sizes.teacher)
-    student = meta_student(sizes.teacher, sizes.student, parse_arguments(["--freeze_mlp"]), torch.float32)
+    student = meta_student(sizes.teacher, sizes.student, step_settings(parse_arguments(["--freeze_mlp"])))
     assert step_flops(teacher, student, 4096) == pytest.approx(54.2e9, rel=0.02)
     assert LlambaConfig().d_model == 4096
 

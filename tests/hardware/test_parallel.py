@@ -22,6 +22,7 @@ from hardware.meta_models import meta_student
 from hardware.ranks import Ranks
 from helpers import runs
 from helpers.launching import ended, launch, ranks_of, start_long_run, wait_until
+from run.acceleration import step_settings
 from run.inputs import settle_parallel
 from utils import UserError
 
@@ -207,8 +208,8 @@ def test_ddp_holds_what_the_estimate_counts(group):
     config = tiny_llama_config(max_position_embeddings=65536)
     args = parse_arguments(["--dtype", "float32", "--layers", "1", "--seq_length", "16", "--device", "cuda:0"])
     args.no_compile = True
-    model = StepModel(config, student_config(config), args, replicated=True)
-    student = meta_student(config, student_config(config), args, torch.float32).to_empty(device="cpu")
+    model = StepModel(config, student_config(config), step_settings(args), replicated=True)
+    student = meta_student(config, student_config(config), step_settings(args)).to_empty(device="cpu")
     for parameter in student.parameters():
         nn.init.normal_(parameter, std=0.02)
     step = parallel.replicate(DistillationStep(student, None, kl_weight=0.0, ce_weight=1.0))
@@ -227,7 +228,9 @@ def test_auto_shards_where_only_the_buckets_do_not_fit(group):
     student = student_config(config)
     args = parse_arguments(["--layers", "1", "--seq_length", "16", "--device", "cuda:0"])
     args.no_compile = True
-    whole, replicated = (estimate_memory(config, student, args, replicated=ddp).needed for ddp in (False, True))
+    whole, replicated = (
+        estimate_memory(config, student, step_settings(args), replicated=ddp).needed for ddp in (False, True)
+    )
     assert whole < replicated
     ranks = Ranks(world_size=2)  # asks the group, which is this process alone
     for free, settled in ((replicated, "ddp"), ((whole + replicated) / 2, "fsdp")):

@@ -19,6 +19,7 @@ from hardware import parallel
 from hardware.memory import WORKSPACE, StepModel, estimate_memory
 from hardware.meta_models import meta_student
 from hardware.ranks import Ranks
+from run.acceleration import step_settings
 from run.build import Models
 from run.inputs import settle_parallel
 from run.stages import synchronise
@@ -55,7 +56,7 @@ def flags(accumulation):
 def sharded_stage(config, args, *, whole=False):
     """A stage's own way to accumulate, on a bf16 student with random weights."""
     torch.manual_seed(0)
-    student = meta_student(config, student_config(config), args, torch.bfloat16).to_empty(device="cpu")
+    student = meta_student(config, student_config(config), step_settings(args)).to_empty(device="cpu")
     for parameter in student.parameters():
         nn.init.normal_(parameter, std=0.02)
     backbone = student.backbone
@@ -105,7 +106,9 @@ def test_what_a_micro_step_leaves_behind(whole, many):
 def test_the_estimate_is_the_measured_peak(accumulation, whole, many):
     config, args = sizes(), flags(accumulation)
     _, peak = tracked(sharded_stage(config, args, whole=whole), accumulation)
-    model = StepModel(config, student_config(config), args, SHARDS, teacher_need="never", whole_gradients=whole)
+    model = StepModel(
+        config, student_config(config), step_settings(args), SHARDS, teacher_need="never", whole_gradients=whole
+    )
     state = model.constants["optimizer state"]  # there is no optimizer here
     estimate = model.estimate(["none"] * 4).allocated - WORKSPACE - state
     assert 0.99 * peak < estimate < 1.2 * peak
@@ -136,7 +139,8 @@ def test_whole_gradients_where_there_is_room_for_them(alone):
     args = flags(4)
     student = student_config(config)
     whole, reduced = (
-        estimate_memory(config, student, args, shards=2, whole_gradients=way).needed for way in (True, False)
+        estimate_memory(config, student, step_settings(args), shards=2, whole_gradients=way).needed
+        for way in (True, False)
     )
     assert reduced < whole
     for free, expected in ((whole, True), ((whole + reduced) / 2, False), (None, False)):

@@ -23,6 +23,7 @@ from model_utils import (
     transfer_teacher_weights,
 )
 from models import LlambaConfig, LlambaForCausalLM
+from run.acceleration import step_settings
 
 
 def sizes(width, mlp, layers, heads, kv, vocabulary, positions, tied=False, **rest):
@@ -146,7 +147,7 @@ def test_the_memory_estimate_runs(name):
     config, published = SHAPES[name]
     argv = ["--device", "cpu", "--layers", "1", "--seq_length", "1024", "--freeze_mlp"]
     args = arguments.parse_arguments(argv)
-    estimate = estimate_memory(config, student_config(config), args)
+    estimate = estimate_memory(config, student_config(config), step_settings(args))
     assert estimate.parts["teacher weights"] == 2 * published
     assert estimate.allocated > estimate.parts["student weights"] + 2 * published and "GiB" in estimate.describe()
 

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from arguments import parse_arguments
-from hardware.parallel import choose_parallel
 from hardware.ranks import Ranks
 from helpers import runs
 from helpers.teachers import TEACHERS, make_student, make_teacher
@@ -16,6 +15,7 @@ from optim.build import build_optimizer, muon_groups
 from optim.masters import join_master
 from optim.muon import COEFFICIENTS, ITERATIONS, MOMENTUM, SIZE, Muon, orthogonalised
 from optim.step import clip_and_step
+from run.inputs import choose_parallel
 from utils import UserError
 
 

@@ -7,11 +7,12 @@ from transformers import AutoModelForCausalLM
 
 import train
 from arguments import parse_arguments
-from distill.teacher import teacher_need
 from evaluation.diagnostics import layer_distances
 from hardware.memory import estimate_memory
 from helpers import runs
 from models import LlambaForCausalLM
+from run.acceleration import step_settings
+from run.inputs import teacher_need
 
 HARD = {"kl_weight": 0, "ce_weight": 1, "skip_stage2": True, "max_steps": 2, "second_dataset_tokens": None}
 
@@ -92,7 +93,7 @@ def test_the_estimate_counts_the_teacher_where_it_is():
     for need in ("never", "at the start", "throughout"):
         args = parse_arguments(["--kl_weight", "0", "--ce_weight", "1", "--device", "cuda:0", "--seq_length", "16"])
         args.no_compile = True
-        weights[need] = estimate_memory(teacher, student, args, teacher_need=need)
+        weights[need] = estimate_memory(teacher, student, step_settings(args), teacher_need=need)
     size = weights["throughout"].parts["teacher weights"]
     assert size == 2 * (2 * 32000 * 1024 + 8 * (1024 * 2560 + 2 * 1024 + 3 * 1024 * 4096) + 1024)
     assert weights["throughout"].allocated - weights["never"].allocated == size
@@ -106,7 +107,9 @@ def test_where_the_start_holds_most_the_estimate_says_so():
     flags = "--kl_weight 0 --ce_weight 1 --device cuda:0 --seq_length 16 --freeze_mlp --freeze_embeddings".split()
     args = parse_arguments(flags)
     args.no_compile = True
-    start, never = (estimate_memory(teacher, student, args, teacher_need=n) for n in ("at the start", "never"))
+    start, never = (
+        estimate_memory(teacher, student, step_settings(args), teacher_need=n) for n in ("at the start", "never")
+    )
     assert start.parts["teacher weights"] > 0 and start.allocated > never.allocated
     assert start.parts["student weights"] == 2 * sum(p.numel() for p in LlambaForCausalLM(student).parameters())
     assert "loaded" in start.describe()
