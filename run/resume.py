@@ -216,7 +216,9 @@ class _Choice:
                 "(--resume_force goes on all the same; a new --output_dir starts anew)"
             )
         if chosen is not newest:
-            log.info("the run goes on from %s, at the end of what a run planned so shares", chosen.folder)
+            log.info(
+                "%s: up to here a run planned so would have been the same, so it goes on from here", chosen.folder
+            )
         stage = chosen.progress.stage
         lengthens = is_longer(stage_lengths(chosen.flags)[stage], self.plan[stage])
         return Start(chosen.folder, lengthens=lengthens, changes=tuple(self.changes))

@@ -8,6 +8,7 @@ import torch
 import train
 from checkpoints.run_state import read_metadata
 from helpers import runs
+from helpers.checkpoint_tools import flip_bit
 from run import session
 
 pytestmark = pytest.mark.slow
@@ -156,6 +157,15 @@ def test_without_a_stable_checkpoint(tmp_path, run):
     status, text = run(tmp_path / "run", **longer, resume_force=True)
     assert status == 0 and "cooled down" in text, text
     assert rates(tmp_path / "run")[10:] == pytest.approx([*[1e-3 * (1 - (k / 4) ** 0.5) for k in (1, 2, 3)], 1e-5])
+
+
+def test_a_damaged_stable_checkpoint(tmp_path, run, ended):
+    """Is not gone on from: what is there besides has cooled down."""
+    shutil.copytree(ended, tmp_path / "run")
+    flip_bit(tmp_path / "run" / "stable-stage1" / "trainer_state.pt", 700)
+    status, text = run(tmp_path / "run", **{**ALONE, "max_steps": 20})
+    assert status == 2 and "holds no checkpoint from before" in text
+    assert len([line for line in text.splitlines() if line.startswith("error:")]) == 1
 
 
 def test_a_named_checkpoint_is_extended_from_the_stable_one_beside_it(tmp_path, run, ended):

@@ -1,13 +1,14 @@
 """Which flags a resumed run may change: the table is complete, and what is compared, refused and allowed."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from arguments import RESULT_FLAGS, parse_arguments
 from conftest import ROOT
 from optim.schedule import Phases, wsd_multiplier
-from run.resume import changed_flags
+from run.resume import Standing, changed_flags
 from run.resume_rules import RULES, STAGES, markdown_table
 from utils import mask_secrets
 
@@ -88,3 +89,14 @@ def test_up_to_the_stable_end_a_longer_stage_takes_the_same_rates(total, ratios)
         rates = [[wsd_multiplier(phases, 1e-3)(k) for k in range(1, total + 2)] for phases in (short, longer)]
         assert rates[0][: short.stable_end] == rates[1][: short.stable_end]
     assert rates[0][short.stable_end] != rates[1][short.stable_end]
+
+
+@pytest.mark.parametrize(("step", "cooled"), [(5, 0), (80, 0), (81, 1), (100, 20)])
+def test_a_checkpoint_of_before_says_where_its_schedule_stood(step, cooled):
+    """Its warm-up and cooldown follow from its flags, and flags that it does not know were at their defaults."""
+    known = flags("--max_steps", "100", "--decay_ratio", "0.2", "--warmup_ratio", "0.07")
+    del known["no_stable_checkpoint"], known["hidden_tokens"]
+    progress = {"stage": "stage1", "stage_step": step, "stage_total": 100, "optimizer_step": step}
+    standing = Standing(Path("checkpoint"), {"flags": known, "progress": progress, "text_version": 2})
+    assert (standing.progress.stage_warmup, standing.progress.stage_cooled) == (7, cooled)
+    assert standing.flags["hidden_tokens"] == 0 and standing.has_cooled == (cooled > 0)
