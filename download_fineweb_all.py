@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from arguments import Parser, check_folder_writable, real, whole
-from utils import UserError
+from arguments import Parser, real, whole
+from utils import UserError, check_folder_writable
 
 SPARE = 2**30  # bytes that stay free beside the mirror
 

@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from arguments import Parser, check_folder_writable, real, whole
-from utils import UserError
+from arguments import Parser, real, whole
+from utils import UserError, check_folder_writable
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -18,11 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from arguments import Parser, check_folder_writable, complain, device, real, whole
+from arguments import Parser, complain, device_name, real, whole
 from evaluation.held_out import held_out_figures
 from evaluation.report import draw, print_table
 from hub.hub_files import DataStreamLost
-from utils import UserError
+from utils import UserError, check_folder_writable
 
 MOST_PAIRS = 306  # different names in `recall.phone_book`
 
@@ -46,7 +46,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tasks", nargs="*", default=[], help="lm-evaluation-harness tasks")
     add("--include_path", default="", help="lm-evaluation-harness: folder with more tasks (YAML)")
     add("--limit", type=real(0, above=True), help="lm-evaluation-harness: rows (or share of rows) a task")
-    add("--device", type=device, default="cuda:0", help="cpu, cuda or cuda:N")
+    add("--device", type=device_name, default="cuda:0", help="cpu, cuda or cuda:N")
     add("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"], help="weights' dtype")
     attention = ["sdpa", "eager", "flash_attention_2"]
     add("--attn_implementation", choices=attention, default="sdpa", help="attention of the teacher and of a hybrid")
@@ -177,8 +177,9 @@ def own_figures(args: argparse.Namespace) -> dict[str, Any]:
     from models import LlambaConfig
 
     where = check_device(args.device)
+    network = dict(local_files_only=args.local_files_only, network_patience=args.network_patience)
     for flag, name in (("--teacher", args.teacher), ("--student", args.student)):
-        fetch_model(flag, name, args, weights=True)
+        fetch_model(flag, name, weights=True, **network)
     local: dict[str, Any] = dict(local_files_only=True)
     teacher_config = load_config(args.teacher, **local)
     check_teacher_config(teacher_config, args.teacher)

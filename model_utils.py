@@ -16,12 +16,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from arguments import FROM_TEACHER, auto_layers
 from checkpoints.folder_checks import check_folder
 from hub.hub_files import gated
 from models import LlambaConfig, LlambaForCausalLM
 from models.modeling_llamba import AttentionInputs
-from utils import UserError
+from utils import FROM_TEACHER, UserError, auto_layers
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,5 @@
 """Distil a Llama teacher into a hybrid Mamba-2 student. `python train.py --help` lists every flag."""
 
-import argparse
 import contextlib
 import logging
 import os
@@ -9,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from arguments import complain, parse_arguments, validate
+from arguments import Arguments, complain, parse_arguments
+from run.flag_checks import validate
 from utils import UserError
 
 log = logging.getLogger("train")
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def on_ranks(args: argparse.Namespace) -> int:
+def on_ranks(args: Arguments) -> int:
     """Join the other ranks, if there are any, and run; the exit status."""
     from hardware.ranks import RankFailed, launched
 
@@ -58,7 +58,7 @@ def leave_at_once(status: int) -> None:
     os._exit(status)
 
 
-def distill(args: argparse.Namespace, ranks: Any) -> int:
+def distill(args: Arguments, ranks: Any) -> int:
     """Check -> build -> stages -> close."""
     from checkpoints.lock import RunLock
     from hardware.devices import enable_determinism, seed_everything
@@ -110,7 +110,7 @@ def distill(args: argparse.Namespace, ranks: Any) -> int:
     return 0
 
 
-def prepare_stage(args: argparse.Namespace, name: str, session: Any, inputs: Any, loader: Any) -> Any:
+def prepare_stage(args: Arguments, name: str, session: Any, inputs: Any, loader: Any) -> Any:
     """A stage at its beginning, or where an interrupted one stood."""
     from run.stages import build_stage
 

@@ -8,6 +8,8 @@ import math
 import os
 import re
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,5 +171,29 @@ def format_line(figures: dict[str, Any]) -> str:
     )
 
 
+FROM_TEACHER = "from_teacher"  # the --student_model that is built to the teacher's sizes
+
+
 class UserError(Exception):
     """A user's mistake: `train.py` prints it as one line and exits with status 2."""
+
+
+def auto_layers(layers: Sequence[int | str]) -> int | None:
+    """K where `--layers` is `auto:K`, else None."""
+    return next((int(entry[5:]) for entry in layers if isinstance(entry, str)), None)
+
+
+def check_folder_writable(flag: str, folder: Path) -> None:
+    """Raise a `UserError` unless files can be made in `folder`, which need not exist; leaves nothing behind."""
+    existing = folder.absolute()
+    try:
+        while not existing.exists():
+            if existing.is_symlink():
+                raise UserError(f"{flag} {folder}: {existing} is a link to a folder that is not there")
+            existing = existing.parent
+        if not existing.is_dir():
+            raise UserError(f"{flag} {folder}: {existing} is a file, not a folder")
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: cannot write in {existing} ({error.strerror})") from error

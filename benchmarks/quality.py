@@ -24,7 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from arguments import complain, parse_arguments, validate
+from arguments import complain, parse_arguments
+from run.flag_checks import validate
 from utils import UserError
 
 log = logging.getLogger("quality")

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import arguments
+from arguments import Arguments
 from distill.forms import Progress
 from distill.initialization import SILU_IS_ONE, calibrate_mixers, student_from_teacher, visit_layers
 from hardware.devices import seed_everything
@@ -71,7 +72,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def training_flags(args: argparse.Namespace, rate: float) -> argparse.Namespace:
+def training_flags(args: Arguments, rate: float) -> argparse.Namespace:
     """train.py's flags for the hidden stage of one row."""
     tokens = max(args.steps, 1) * args.batch_size * args.seq_length
     line = [

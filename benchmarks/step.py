@@ -31,7 +31,7 @@ import torch
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
-from arguments import parse_arguments
+from arguments import Arguments, parse_arguments
 from benchmarks.presets import Preset, preset, step_flops
 from benchmarks.profiling import host_waits, kernel_table
 from data import Batch
@@ -88,7 +88,7 @@ class Clock:
 class SyntheticLoader:
     """Random tokens with a loader's face."""
 
-    def __init__(self, args: argparse.Namespace, vocabulary: int, micro_steps: int, clock: Clock):
+    def __init__(self, args: Arguments, vocabulary: int, micro_steps: int, clock: Clock):
         self.clock, self.micro_steps, self.waited_seconds = clock, micro_steps, 0.0
         generator = torch.Generator().manual_seed(args.seed)
         shape = (args.batch_size, args.seq_length + 1)
@@ -113,7 +113,7 @@ class SyntheticLoader:
         return {}
 
 
-def build_pair(args: argparse.Namespace, sizes: Preset, *, share: bool) -> build.Models:
+def build_pair(args: Arguments, sizes: Preset, *, share: bool) -> build.Models:
     """Both models on the device with random weights, and the surgery that a run does on them."""
     torch.manual_seed(args.seed)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
@@ -135,7 +135,7 @@ def build_pair(args: argparse.Namespace, sizes: Preset, *, share: bool) -> build
     return build.Models(teacher, student, RunText(args, None), device, device, dtype)
 
 
-def place(args: argparse.Namespace, models: build.Models, ranks: Ranks) -> None:
+def place(args: Arguments, models: build.Models, ranks: Ranks) -> None:
     """Put the teacher where the flags want it, and connect the pair."""
     if ranks.alone and args.teacher_device:
         models.teacher_device = torch.device(args.teacher_device)
@@ -144,7 +144,7 @@ def place(args: argparse.Namespace, models: build.Models, ranks: Ranks) -> None:
 
 
 def ours(
-    args: argparse.Namespace,
+    args: Arguments,
     models: build.Models,
     loader: Any,
     steps: int,
@@ -175,9 +175,7 @@ def ours(
     return stage
 
 
-def plain(
-    args: argparse.Namespace, models: build.Models, loader: Any, steps: int, clock: Clock, ranks: Ranks
-) -> Stage:
+def plain(args: Arguments, models: build.Models, loader: Any, steps: int, clock: Clock, ranks: Ranks) -> Stage:
     """What one would write first: all logits in float32, everything of the student its own, bf16 Adam, no compile."""
     models.student.zero_grad(set_to_none=True)
     set_activation_checkpointing(models.student, "full")
@@ -221,7 +219,7 @@ def since_process_start() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
-def phases_of(args: argparse.Namespace, steps: int) -> Phases:
+def phases_of(args: Arguments, steps: int) -> Phases:
     """The phases of `steps` optimizer steps as the flags say."""
     return Phases.of(steps, args.warmup_ratio, args.decay_ratio)
 
@@ -239,9 +237,7 @@ def drive(stage: Stage, steps: int, log_interval: int) -> list[dict[str, Any]]:
     return figures
 
 
-def measure(
-    bench: argparse.Namespace, args: argparse.Namespace, way: str, ceiling: float, ranks: Ranks
-) -> dict[str, Any]:
+def measure(bench: argparse.Namespace, args: Arguments, way: str, ceiling: float, ranks: Ranks) -> dict[str, Any]:
     """One configuration: build, first step, warm-up, timed steps."""
     began = time.perf_counter()
     sizes = preset(bench.preset)
@@ -312,9 +308,7 @@ def measure(
     return row
 
 
-def attempt(
-    bench: argparse.Namespace, args: argparse.Namespace, way: str, ceiling: float, ranks: Ranks
-) -> dict[str, Any]:
+def attempt(bench: argparse.Namespace, args: Arguments, way: str, ceiling: float, ranks: Ranks) -> dict[str, Any]:
     """`measure`, with any failure in the row instead of the traceback, and the memory given back."""
     try:
         row = measure(bench, args, way, ceiling, ranks)
@@ -348,7 +342,7 @@ def matrix_ceiling(device: torch.device, dtype: torch.dtype) -> float:
 
 
 @torch.no_grad()
-def fp8_distance(bench: argparse.Namespace, args: argparse.Namespace) -> float:
+def fp8_distance(bench: argparse.Namespace, args: Arguments) -> float:
     """KL(bf16 teacher || fp8 teacher), nats a token, on random weights and tokens: a check that fp8 runs."""
     from hardware.fp8 import check_fp8, quantise_teacher_fp8
 

@@ -24,10 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arguments import auto_layers
 from distill.losses import chunked_kd_loss
 from models.modeling_llamba import AttentionInputs
-from utils import UserError
+from utils import UserError, auto_layers
 
 log = logging.getLogger(__name__)
 

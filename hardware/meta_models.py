@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from arguments import auto_layers
 from hardware.devices import default_dtype
 from hardware.settings import StepSettings
 from model_utils import decoder_layers, freeze
 from models import LlambaConfig, LlambaForCausalLM
+from utils import auto_layers
 
 
 def meta_student(teacher_config: Any, student_config: LlambaConfig, settings: StepSettings) -> LlambaForCausalLM:

@@ -4,17 +4,15 @@ transformers itself gives up at the first long fault, and passes over what it ca
 (a chat template, say), so everything it may ask for is fetched here, each file through the same `Patience` as data.
 """
 
-import argparse
 import fnmatch
 import functools
 import logging
 from pathlib import Path
 
-from arguments import FROM_TEACHER
 from hub.hub_files import DataStreamLost, Patience, ShortBody, is_transient, raise_for_access
 from model_utils import require_model_folder
 from models.loading import check_files
-from utils import UserError
+from utils import FROM_TEACHER, UserError
 
 __all__ = ["DataStreamLost", "fetch_model"]
 
@@ -26,12 +24,18 @@ TEMPLATES = "additional_chat_templates/"
 
 
 def fetch_model(
-    flag: str, name: str, args: argparse.Namespace, *, weights: bool = False, commit: str | None = None
+    flag: str,
+    name: str,
+    *,
+    local_files_only: bool,
+    network_patience: float,
+    weights: bool = False,
+    commit: str | None = None,
 ) -> str | None:
     """Bring configuration and tokenizer of a hub id into the cache, with `weights` those as well; returns its commit.
 
     `commit` pins it to one. Nothing is fetched for a local folder and `from_teacher` (which have none), or with
-    `--local_files_only`. A Hub that cannot be reached is waited for `--network_patience` seconds, unless the whole
+    `local_files_only`. A Hub that cannot be reached is waited for `network_patience` seconds, unless the whole
     model is in the cache. Raises `UserError` naming flag and model for a repository that is not there or not to be
     read, `DataStreamLost` when the network stays away for longer than the patience.
     """
@@ -40,8 +44,8 @@ def fetch_model(
     path = Path(name).expanduser()
     if name == FROM_TEACHER or path.exists() or path.is_absolute() or name.startswith((".", "~")):
         return None
-    what, waiting = f"{flag} {name}", Patience(args.network_patience)
-    if not (args.local_files_only or constants.HF_HUB_OFFLINE):
+    what, waiting = f"{flag} {name}", Patience(network_patience)
+    if not (local_files_only or constants.HF_HUB_OFFLINE):
         try:
             raise_for_access(lambda: _fetch(what, name, weights, waiting, commit), what)
         except (UserError, DataStreamLost):

@@ -1,6 +1,5 @@
 """What the flags ask of speed and memory, applied once to both models, and one trial step of everything compiled."""
 
-import argparse
 import logging
 from collections.abc import Sequence
 from dataclasses import fields
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from arguments import Arguments
 from data import Batch
 from distill.distillation import kd_micro_step
 from distill.forms import DeviceBatch
@@ -24,12 +24,12 @@ from trainer import to_device
 log = logging.getLogger(__name__)
 
 
-def compiles(args: argparse.Namespace) -> bool:
+def compiles(args: Arguments) -> bool:
     """torch.compile is on by default on CUDA and off on the CPU."""
     return args.device.startswith("cuda") and not args.no_compile
 
 
-def step_settings(args: argparse.Namespace) -> StepSettings:
+def step_settings(args: Arguments) -> StepSettings:
     """What a step's memory depends on, of the flags."""
     same = [field.name for field in fields(StepSettings) if field.name not in ("dtype", "teacher_device", "compiled")]
     return StepSettings(
@@ -40,13 +40,13 @@ def step_settings(args: argparse.Namespace) -> StepSettings:
     )
 
 
-def captures(args: argparse.Namespace, models: Any, ranks: Ranks) -> bool:
+def captures(args: Arguments, models: Any, ranks: Ranks) -> bool:
     """CUDA graphs are on by default where one device does everything and gradients go the ordinary way."""
     alone = ranks.alone and models.device == models.teacher_device
     return alone and compiles(args) and not (args.no_cuda_graphs or args.update_in_backward or args.document_reset)
 
 
-def accelerate(args: argparse.Namespace, models: Any, modes: str | Sequence[str]) -> None:
+def accelerate(args: Arguments, models: Any, modes: str | Sequence[str]) -> None:
     """Apply checkpointing, the fp8 teacher and compilation to a pair (`build.Models`), in place."""
     set_activation_checkpointing(models.student, modes)
     if args.teacher_fp8 and models.teacher is not None:
@@ -62,7 +62,7 @@ def accelerate(args: argparse.Namespace, models: Any, modes: str | Sequence[str]
         compile_layers(model)
 
 
-def try_step(args: argparse.Namespace, models: Any) -> None:
+def try_step(args: Arguments, models: Any) -> None:
     """Everything compiled, once, at the shapes of the run: the KD stages' own micro step, and an update.
 
     If anything fails to compile, everything runs eagerly, and `args.no_compile` says so from then on. On every rank
@@ -87,7 +87,7 @@ def try_step(args: argparse.Namespace, models: Any) -> None:
     models.step.zero_grad(set_to_none=True)
 
 
-def trial_batch(args: argparse.Namespace, device: torch.device) -> DeviceBatch:
+def trial_batch(args: Arguments, device: torch.device) -> DeviceBatch:
     """A batch of the KD stages' shape; with `--document_reset` of two documents, so that attention gets its mask."""
     shape = (args.batch_size, args.seq_length)
     positions = None
@@ -98,7 +98,7 @@ def trial_batch(args: argparse.Namespace, device: torch.device) -> DeviceBatch:
     return to_device(Batch(tokens, valid, positions, []), device, {}, non_blocking=False)
 
 
-def _try_optimizer(args: argparse.Namespace, student: Any) -> None:
+def _try_optimizer(args: Arguments, student: Any) -> None:
     """An update of a small tensor of each kind of block that the matrices divide into, and a linear layer's."""
     matrices = [p for p in student.parameters() if p.requires_grad and p.ndim > 1]
     kinds = {(block_length(p) or 64, p.dtype, p.device) for p in matrices}

@@ -1,6 +1,5 @@
 """From flags to the pair: load, transfer, replace, freeze, and connect both models."""
 
-import argparse
 import gc
 import logging
 from dataclasses import dataclass
@@ -10,14 +9,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from arguments import FROM_TEACHER, auto_layers
+from arguments import Arguments
 from distill.distillation import DistillationStep
 from distill.initialization import calibrate_mixers
 from distill.layer_choice import choose_layers
 from distill.teacher import HostTeacher, OwnTeacher
 from hardware import parallel
 from hardware.ranks import Ranks
-from hub.model_files import fetch_model
 from model_utils import (
     apply_replacements,
     check_layers,
@@ -32,9 +30,10 @@ from model_utils import (
 from models import LlambaForCausalLM
 from run import sharded_build
 from run.acceleration import accelerate, compiles, try_step
-from run.inputs import Inputs
+from run.inputs import Inputs, fetch
 from run.plan import stage_names
 from run.text import RunText
+from utils import FROM_TEACHER, auto_layers
 
 log = logging.getLogger(__name__)
 
@@ -59,22 +58,22 @@ class Models:
         return self.text.tokenizer
 
 
-def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, devices: Any, ranks: Ranks) -> Models:
+def build_models(args: Arguments, student_source: str, inputs: Inputs, devices: Any, ranks: Ranks) -> Models:
     """Load the pair and do the surgery, unless the student is a checkpoint that already had it."""
     if starts_sharded(args, inputs, ranks):
         return build_sharded(args, student_source, inputs, devices, ranks)
     (device, teacher_device), text = devices, inputs.text
     dtype = getattr(torch, args.dtype)
-    options = dict(attn_implementation=args.attn_implementation, local_files_only=True)
+    options: dict[str, Any] = dict(attn_implementation=args.attn_implementation, local_files_only=True)
     teacher: Any = None
     if inputs.teacher_need != "never":
         commit = text.origins.commits.get("teacher_model")
-        fetch_model("--teacher_model", args.teacher_model, args, weights=True, commit=commit)
+        fetch(args, "--teacher_model", args.teacher_model, weights=True, commit=commit)
         teacher = get_teacher_model(
             args.teacher_model, dtype=dtype, device=teacher_device, revision=commit, **options
         )
     commit = text.origins.commits.get("student_model")
-    commit = fetch_model("--student_model", student_source, args, weights=True, commit=commit)
+    commit = fetch(args, "--student_model", student_source, weights=True, commit=commit)
     parameter_dtype = torch.float32 if dtype == torch.float16 else dtype
     student = get_student_model(
         student_source, teacher, dtype=parameter_dtype, device=device, expand=args.expand, revision=commit, **options
@@ -114,7 +113,7 @@ def build_models(args: argparse.Namespace, student_source: str, inputs: Inputs, 
     return models
 
 
-def starts_sharded(args: argparse.Namespace, inputs: Inputs, ranks: Ranks) -> bool:
+def starts_sharded(args: Arguments, inputs: Inputs, ranks: Ranks) -> bool:
     """True where FSDP2's shards can be made before any weight is read; a line says why where they cannot."""
     if inputs.parallel != "fsdp":
         return False
@@ -130,16 +129,14 @@ def starts_sharded(args: argparse.Namespace, inputs: Inputs, ranks: Ranks) -> bo
     return not found
 
 
-def build_sharded(
-    args: argparse.Namespace, student_source: str, inputs: Inputs, devices: Any, ranks: Ranks
-) -> Models:
+def build_sharded(args: Arguments, student_source: str, inputs: Inputs, devices: Any, ranks: Ranks) -> Models:
     """`build_models` for FSDP2: sharded on the meta device, then each rank reads its own rows."""
     device, teacher_device = devices
     commits = dict(inputs.text.origins.commits)
     if inputs.teacher_need != "never":
         commit = commits.get("teacher_model")
-        fetch_model("--teacher_model", args.teacher_model, args, weights=True, commit=commit)
-    found = fetch_model("--student_model", student_source, args, weights=True, commit=commits.get("student_model"))
+        fetch(args, "--teacher_model", args.teacher_model, weights=True, commit=commit)
+    found = fetch(args, "--student_model", student_source, weights=True, commit=commits.get("student_model"))
     sources = sharded_build.find_sources(
         args.teacher_model, student_source, commits | ({"student_model": found} if found else {})
     )
@@ -169,7 +166,7 @@ def build_sharded(
     return models
 
 
-def connect(args: argparse.Namespace, models: Models, ranks: Ranks) -> None:
+def connect(args: Arguments, models: Models, ranks: Ranks) -> None:
     """Make of the pair what steps and evaluations are made of: head, step, and where hidden states come from."""
     if models.teacher is not None:
         # detached: a teacher that moves to another device takes its parameters along
@@ -188,14 +185,14 @@ def connect(args: argparse.Namespace, models: Models, ranks: Ranks) -> None:
         models.hidden_states = hidden_states(args, models, ranks)
 
 
-def serves_host(args: argparse.Namespace, ranks: Ranks) -> bool:
+def serves_host(args: Arguments, ranks: Ranks) -> bool:
     """True where one teacher, on a device that is no rank's, serves all ranks of a host."""
     return not ranks.alone and args.teacher_device is not None
 
 
-def hidden_states(args: argparse.Namespace, models: Models, ranks: Ranks) -> OwnTeacher | HostTeacher:
+def hidden_states(args: Arguments, models: Models, ranks: Ranks) -> OwnTeacher | HostTeacher:
     """Where the teacher's hidden states come from. A host's teacher moves to its device, and goes on other ranks."""
-    if not serves_host(args, ranks):
+    if args.teacher_device is None or ranks.alone:
         return OwnTeacher(models.teacher, models.device, every_layer=args.layer_weight > 0)
     teacher: Any = models.teacher
     place = torch.device(args.teacher_device)
@@ -207,7 +204,7 @@ def hidden_states(args: argparse.Namespace, models: Models, ranks: Ranks) -> Own
     return HostTeacher(teacher, models.device, place, ranks)
 
 
-def distribute(args: argparse.Namespace, models: Models, way: str) -> None:
+def distribute(args: Arguments, models: Models, way: str) -> None:
     """Replicate or shard the pair for the KD stages, once; the alignment stages before them are replicated."""
     if way == "ddp":
         models.step = parallel.replicate(models.step)

@@ -1,6 +1,5 @@
 """Everything that can be wrong with a run's inputs, found before any weight is loaded."""
 
-import argparse
 import functools
 import logging
 from collections.abc import Collection
@@ -9,7 +8,7 @@ from typing import Any
 
 import torch
 
-from arguments import FROM_TEACHER, NotGiven
+from arguments import Arguments, NotGiven
 from checkpoints.origins import Origins
 from distill.initialization import student_config
 from hardware.devices import check_device
@@ -21,7 +20,7 @@ from model_utils import check_layers, check_pair, check_teacher_config, get_toke
 from models import LlambaConfig
 from run.acceleration import step_settings
 from run.text import RunText
-from utils import UserError
+from utils import FROM_TEACHER, UserError
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +36,20 @@ class Inputs:
     names: Collection[str] = ()  # of the stages that are still to run
 
 
+def fetch(args: Arguments, flag: str, name: str, *, weights: bool = False, commit: str | None = None) -> str | None:
+    """`hub.model_files.fetch_model` as the flags have it."""
+    return fetch_model(
+        flag,
+        name,
+        local_files_only=args.local_files_only,
+        network_patience=args.network_patience,
+        weights=weights,
+        commit=commit,
+    )
+
+
 def check_inputs(
-    args: argparse.Namespace, student_source: str, names: Collection[str], origins: Origins, ranks: Ranks
+    args: Arguments, student_source: str, names: Collection[str], origins: Origins, ranks: Ranks
 ) -> Inputs:
     """What can be wrong with the models, found from their configurations alone, and what they will take.
 
@@ -46,12 +57,12 @@ def check_inputs(
     """
     commits: Any = origins.commits
     origins.note(
-        "teacher_model", fetch_model("--teacher_model", args.teacher_model, args, commit=commits.get("teacher_model"))
+        "teacher_model", fetch(args, "--teacher_model", args.teacher_model, commit=commits.get("teacher_model"))
     )
     local: dict[str, Any] = dict(local_files_only=True, revision=commits.get("teacher_model"))
     teacher = load_config(args.teacher_model, **local)
     check_teacher_config(teacher, args.teacher_model)
-    found = fetch_model("--student_model", student_source, args, commit=commits.get("student_model"))
+    found = fetch(args, "--student_model", student_source, commit=commits.get("student_model"))
     origins.note("student_model", found)  # of a checkpoint there is none, and the one that is recorded stays
     if args.layer_weight and teacher.num_hidden_layers < 2:
         raise UserError("--layer_weight: the teacher has one layer, which the loss matches already; leave it out")
@@ -100,7 +111,7 @@ def settle_layers(layers: list[int | str], student: LlambaConfig, source: str) -
     return layers
 
 
-def choose_parallel(args: argparse.Namespace, ranks: Ranks) -> str:
+def choose_parallel(args: Arguments, ranks: Ranks) -> str:
     """What `--parallel` asks for: none on one rank, ddp, fsdp, or auto where only an estimate can tell.
 
     Raises `UserError` for flags that work on one rank alone. The CPU replicates.
@@ -118,7 +129,7 @@ def choose_parallel(args: argparse.Namespace, ranks: Ranks) -> str:
     return "ddp" if args.parallel == "auto" and not args.device.startswith("cuda") else args.parallel
 
 
-def teacher_need(args: argparse.Namespace, names: Collection[str], *, fresh: bool) -> TeacherNeed:
+def teacher_need(args: Arguments, names: Collection[str], *, fresh: bool) -> TeacherNeed:
     """When a run of the stages `names` needs the teacher's weights; `fresh`: the student takes its start from them.
 
     Figures by layer, which are on by default, are no reason: they leave out the distance to a teacher that is not
@@ -133,7 +144,7 @@ def teacher_need(args: argparse.Namespace, names: Collection[str], *, fresh: boo
 def settle_parallel(
     teacher: Any,
     student: LlambaConfig,
-    args: argparse.Namespace,
+    args: Arguments,
     way: str,
     free: float | None,
     ranks: Ranks,

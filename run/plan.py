@@ -1,12 +1,13 @@
 """From flags to a plan: which stages a run has, and how many optimizer steps each takes."""
 
-import argparse
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from arguments import Arguments
 
-def stage_names(args: argparse.Namespace) -> list[str]:
+
+def stage_names(args: Arguments) -> list[str]:
     """The stages that the flags ask for, in their order."""
     names = []
     if args.matrix_tokens:
@@ -24,12 +25,12 @@ def sequences_a_step(flags: Mapping[str, Any], ranks: int) -> int:
     return flags["batch_size"] * flags["grad_accumulation_steps"] * ranks
 
 
-def sequence_length(args: argparse.Namespace, name: str) -> int:
+def sequence_length(args: Arguments, name: str) -> int:
     """Tokens of a stage's sequences."""
     return args.matrix_seq_length if name == "matrix" else args.seq_length
 
 
-def planned_steps(args: argparse.Namespace, name: str, world_size: int) -> int:
+def planned_steps(args: Arguments, name: str, world_size: int) -> int:
     """Optimizer steps of a stage whose number the flags alone say (not stage 1 with `--epochs`)."""
     tokens = {
         "matrix": args.matrix_tokens,

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from arguments import RESULT_FLAGS, NotGiven, auto_layers, build_parser
+from arguments import RESULT_FLAGS, NotGiven, build_parser
 from checkpoints.files import TRAINER_STATE, damage
 from checkpoints.origins import flags_as_made
 from checkpoints.run_folder import CHECKPOINT
@@ -24,7 +24,7 @@ from optim.schedule import Phases
 from run.plan import sequences_a_step
 from run.resume_rules import COOLDOWN_FLAGS, LENGTH_FLAGS, RULES, STAGES, UNKNOWN, Rule
 from run.text import RunText
-from utils import UserError, mask_secrets
+from utils import UserError, auto_layers, mask_secrets
 
 log = logging.getLogger(__name__)
 

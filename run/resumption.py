@@ -1,13 +1,12 @@
 """What of a checkpoint is put back: where the run stands, and the stage that it goes on in."""
 
-import argparse
 import logging
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from arguments import NotGiven
+from arguments import Arguments, NotGiven
 from checkpoints.run_state import read_metadata, read_trainer_state, set_rng_state
 from distill.forms import Progress, Stage
 from hardware.parallel import copy_rows, is_sharded
@@ -25,7 +24,7 @@ log = logging.getLogger(__name__)
 class Resumption:
     """The checkpoint that a run goes on from; `state` is let go once it has been put back."""
 
-    def __init__(self, start: Start, args: argparse.Namespace, ranks: Ranks):
+    def __init__(self, start: Start, args: Arguments, ranks: Ranks):
         """Reads where the checkpoint stands and says what is changed; a finished one has nothing to put back."""
         self.start, self.args, self.ranks = start, args, ranks
         self.standing = Standing(start.folder, read_metadata(start.folder))

@@ -4,7 +4,6 @@
 `Services`, so that `train.py` stays an outline and `trainer.py` knows nothing of them.
 """
 
-import argparse
 import contextlib
 import logging
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from arguments import read_prompts
+from arguments import Arguments
 from checkpoints.files import distinct_weights
 from checkpoints.lock import RunLock
 from checkpoints.model_card import model_card
@@ -34,6 +33,7 @@ from optim.schedule import Phases
 from plot_metrics import plot_runs
 from run.acceleration import step_settings
 from run.build import Models
+from run.flag_checks import read_prompts
 from run.resume import Start, choose_start
 from run.resumption import Resumption
 from run.signals import SaveClock, StopSignals
@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 class Session:
     """One run from its first step to its last, across as many processes as it takes."""
 
-    def __init__(self, args: argparse.Namespace, signals: StopSignals, ranks: Ranks, lock: RunLock):
+    def __init__(self, args: Arguments, signals: StopSignals, ranks: Ranks, lock: RunLock):
         self.args, self.signals, self.ranks, self.lock = args, signals, ranks, lock
         self.output_dir = Path(args.output_dir)
         self.store = CheckpointStore(self.output_dir, keep=args.keep_checkpoints, log=log.warning, held=lock.held)

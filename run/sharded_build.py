@@ -5,7 +5,6 @@ Where mixers start from the teacher's attention, the teacher's layers are gather
 is made, calibrated and cut into rows before the next. Weights are those of `run.build`'s way to the bit.
 """
 
-import argparse
 import copy
 import logging
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from arguments import FROM_TEACHER
+from arguments import Arguments
 from distill.initialization import attend, calibrate_mixer, finish, start_mixer, student_config, visit_layers
 from hardware.devices import default_dtype
 from hardware.parallel import copy_rows
@@ -34,7 +33,7 @@ from model_utils import (
 )
 from models import LlambaConfig, LlambaForCausalLM
 from models.modeling_llamba import LlambaMixer
-from utils import UserError
+from utils import FROM_TEACHER, UserError
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +73,7 @@ def weights_folder(name: str, commit: str | None) -> str:
     return str(folder) if folder.is_dir() else snapshot_download(name, revision=commit, local_files_only=True)
 
 
-def meta_pair(args: argparse.Namespace, sources: Sources, device: torch.device, need: str) -> tuple[Any, Any]:
+def meta_pair(args: Arguments, sources: Sources, device: torch.device, need: str) -> tuple[Any, Any]:
     """(teacher, student) after the surgery: on the meta device, but what of the teacher stays whole is read.
 
     The teacher is None where nothing needs it.
@@ -102,9 +101,7 @@ def meta_pair(args: argparse.Namespace, sources: Sources, device: torch.device, 
     return teacher, student
 
 
-def meta_teacher(
-    args: argparse.Namespace, sources: Sources, config: Any, dtype: torch.dtype, device: torch.device
-) -> Any:
+def meta_teacher(args: Arguments, sources: Sources, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
     """A teacher whose layers are on the meta device; embedding, final norm and head are read, whole."""
     config = copy.deepcopy(config)
     with torch.device("meta"):

@@ -1,11 +1,11 @@
 """From flags to a stage: its micro step, optimizer, schedule, and how its ranks average gradients."""
 
-import argparse
 from typing import Any
 
 import torch
 from torch import nn
 
+from arguments import Arguments
 from distill.distillation import DistillationStep, kd_micro_step
 from distill.forms import Stage
 from distill.gradient_check import without_gradient
@@ -22,7 +22,7 @@ from run.plan import sequence_length
 
 
 def build_stage(
-    args: argparse.Namespace,
+    args: Arguments,
     name: str,
     models: Models,
     loader: Any,
@@ -94,7 +94,7 @@ def synchronise(stage: Stage, models: Models, way: str) -> None:
         stage.finish_gradients = lambda: parallel.average_gradients(stage.parameters())
 
 
-def alignment(args: argparse.Namespace, name: str, models: Models) -> tuple[Any, nn.Module]:
+def alignment(args: Arguments, name: str, models: Models) -> tuple[Any, nn.Module]:
     """(micro step, what it trains) of the "matrix" or "hidden" stage."""
     half = torch.float16 if models.dtype == torch.float16 else None
     tokens = models.text.calibration_tokens(name)
@@ -102,7 +102,7 @@ def alignment(args: argparse.Namespace, name: str, models: Models) -> tuple[Any,
     return align, trained_mixers(models.student)
 
 
-def distillation(args: argparse.Namespace, models: Models, way: str) -> tuple[Any, nn.Module]:
+def distillation(args: Arguments, models: Models, way: str) -> tuple[Any, nn.Module]:
     """(micro step, what it trains) of the KD stages."""
     if type(models.step) is DistillationStep:  # neither DDP's nor, by FSDP2's subclass, sharded yet
         distribute(args, models, way)

@@ -1,19 +1,18 @@
 """What text a run reads: that of its stages, the held-out text, and the text that layers are chosen on."""
 
-import argparse
 import logging
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from arguments import auto_layers
+from arguments import Arguments
 from checkpoints.origins import Origins
 from data import SourceSpec, TextLoader, build_loader, estimate_steps_per_epoch
 from hardware.ranks import Ranks
 from run.plan import planned_steps, sequence_length, sequences_a_step
 from text.text_sources import has_subset
-from utils import UserError
+from utils import UserError, auto_layers
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +24,7 @@ CALIBRATION_SEQUENCES = 4
 class RunText:
     """The text of one run, as its flags say, in the tokens of the teacher's tokenizer."""
 
-    args: argparse.Namespace
+    args: Arguments
     tokenizer: Any
     ranks: Ranks = field(default_factory=Ranks)
     origins: Origins = field(default_factory=Origins)
@@ -70,7 +69,7 @@ class RunText:
     def source(self, name: str) -> SourceSpec:
         """The text source of a stage: OpenHermes-like for stage 2, FineWeb-Edu-like for every other."""
         args = self.args
-        shared = dict(
+        shared: dict[str, Any] = dict(
             local_files_only=args.local_files_only,
             on_bad_data=args.on_bad_data,
             network_patience=args.network_patience,

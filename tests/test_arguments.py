@@ -8,18 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from arguments import (
-    FREE_FLAGS,
-    RESULT_FLAGS,
-    build_parser,
-    check_folder_writable,
-    markdown_page,
-    parse_arguments,
-    validate,
-    wandb_login,
-)
+from arguments import FREE_FLAGS, RESULT_FLAGS, build_parser, markdown_page, parse_arguments
 from conftest import ROOT
-from utils import UserError
+from run.flag_checks import validate, wandb_login
+from utils import UserError, check_folder_writable
 
 DEFAULTS = {
     "device": "cuda:0", "teacher_device": None, "dtype": "bfloat16", "layers": [10, 14, 17, 30], "max_steps": 100000,

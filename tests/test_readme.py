@@ -6,6 +6,7 @@ import tomllib
 
 import pytest
 
+from arguments import Arguments
 from conftest import ROOT
 from helpers.pages import PAGES, blocks
 
@@ -50,7 +51,7 @@ def test_every_report_is_linked_from_the_benchmarks():
 def test_flags_that_a_page_names_exist(page):
     """Those in text and tables, of any script here; tests/test_docs.py parses the commands."""
     scripts = [path.read_text() for path in (*ROOT.glob("*.py"), *(ROOT / "benchmarks").glob("*.py"))]
-    known = set(re.findall(r"\"--(\w+)\"", "\n".join(scripts)))
+    known = set(re.findall(r"\"--(\w+)\"", "\n".join(scripts))) | vars(Arguments()).keys()
     of_others = {"nproc_per_node", "signals-to-handle", "shutdown-timeout", "signal", "nodes", "now", "help"}
     named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", prose(read(page))))
     assert named - known - of_others == set()

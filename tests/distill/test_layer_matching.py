@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 
-from arguments import parse_arguments, validate
+from arguments import parse_arguments
 from benchmarks.presets import preset
 from distill.distillation import DistillationStep
 from distill.losses import layer_distance
@@ -18,6 +18,7 @@ from helpers.teachers import TEACHERS, make_student, make_teacher
 from model_utils import teacher_hidden
 from optim.muon import STACKED
 from run.acceleration import step_settings
+from run.flag_checks import validate
 from run.inputs import choose_parallel
 from trainer import accumulate, to_device
 from utils import UserError
