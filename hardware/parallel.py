@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from hardware.ranks import Ranks
@@ -44,6 +44,13 @@ def shard(step: Any, device: torch.device) -> nn.Module:
         fully_shard(step.student.lm_head, **options)
     step.accumulate_head_in_place = False
     return fully_shard(step, **options)
+
+
+def reshard(module: nn.Module) -> None:
+    """Free what forward passes without a backward pass left whole: `parameters()` are the shards again."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def shard_layers(walk: nn.Module, device: torch.device) -> None:

@@ -23,7 +23,7 @@ from distill.meter import TooManyBadSteps
 from evaluation.diagnostics import PROMPTS, as_numbers, continuations, gradient_norms, layer_distances
 from evaluation.held_out import figures_of, held_out_sums
 from hardware.memory import MemoryEstimate, estimate_memory, oom_advice
-from hardware.parallel import is_sharded, whole_optimizer_state, whole_weights
+from hardware.parallel import is_sharded, reshard, whole_optimizer_state, whole_weights
 from hardware.ranks import RankFailed, RankLost, Ranks, SharedMistake
 from hardware.settings import TeacherNeed
 from hub.hub_files import DataStreamLost
@@ -242,6 +242,7 @@ class Session:
             args.eval_tokens,
             stop=lambda: self.ranks.agree(self.signals.stop_requested)[0],
         )
+        reshard(models.step)  # else a stage that begins now would train parameters that are thrown away
         if not figures:
             log.warning("the evaluation at step %d is left out: a signal asks to stop", progress.optimizer_step)
             return {}

@@ -147,3 +147,15 @@ def test_whole_gradients_where_there_is_room_for_them(alone):
         way, estimate = settle_parallel(config, student, args, "fsdp", free, ranks)
         assert way == "fsdp" and estimate.whole_gradients is expected
         assert free is None or estimate.needed <= free
+
+
+def test_after_an_evaluation_what_is_trained_are_the_shards_again(alone):
+    """A forward pass alone leaves FSDP2's root and head whole: an optimizer made then would train these."""
+    stage = sharded_stage(sizes(), flags(1))
+    shards = list(stage.trainable.parameters())
+    tokens, valid = torch.zeros(1, 17, dtype=torch.long), torch.ones(1, 16, dtype=torch.bool)
+    with torch.no_grad():
+        stage.trainable(tokens[:, :-1], tokens[:, 1:], valid, None, None, torch.tensor(1.0))
+    assert [p is shard for p, shard in zip(stage.trainable.parameters(), shards)].count(False) >= 2
+    parallel.reshard(stage.trainable)
+    assert all(p is shard for p, shard in zip(stage.trainable.parameters(), shards, strict=True))
