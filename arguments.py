@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from utils import mask_secrets
+from utils import complain
 
 
 class NotGiven(list):
@@ -34,12 +34,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         complain(message.replace("\n", "\\n").replace("\r", "\\r"))
         raise SystemExit(2)
-
-
-def complain(message: str) -> None:
-    """A user's mistake in one line on stderr; under torchrun the first rank speaks for all."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {mask_secrets(message)}", file=sys.stderr)
 
 
 def whole(minimum: int, maximum: int = 2**63 - 1):

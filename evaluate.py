@@ -18,11 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from arguments import Parser, complain, device_name, real, whole
+from arguments import Parser, device_name, real, whole
 from evaluation.held_out import held_out_figures
 from evaluation.report import draw, print_table
 from hub.hub_files import DataStreamLost
-from utils import UserError, check_folder_writable
+from utils import UserError, check_folder_writable, complain
 
 MOST_PAIRS = 306  # different names in `recall.phone_book`
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from arguments import Arguments, complain, parse_arguments
+from arguments import Arguments, parse_arguments
 from run.flag_checks import validate
-from utils import UserError
+from utils import UserError, complain
 
 log = logging.getLogger("train")
 RANK_LOST = 5  # exit status

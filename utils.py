@@ -197,3 +197,9 @@ def check_folder_writable(flag: str, folder: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"{flag} {folder}: cannot write in {existing} ({error.strerror})") from error
+
+
+def complain(message: str) -> None:
+    """A user's mistake in one line on stderr; under torchrun the first rank speaks for all."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {mask_secrets(message)}", file=sys.stderr)

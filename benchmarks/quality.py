@@ -24,9 +24,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from arguments import complain, parse_arguments
+from arguments import parse_arguments
 from run.flag_checks import validate
-from utils import UserError
+from utils import UserError, complain
 
 log = logging.getLogger("quality")
 STAGES = ("matrix", "hidden", "stage1", "stage2")

@@ -26,17 +26,11 @@ from torch import Tensor
 
 from distill.losses import chunked_kd_loss
 from models.modeling_llamba import AttentionInputs
-from utils import UserError, auto_layers
+from utils import UserError
 
 log = logging.getLogger(__name__)
 
 FILE = "layer_choice.json"
-# What a choice depends on: another run in the same folder with the same values takes up the choice that is there.
-MADE_FOR = (
-    "layers teacher_model student_model expand choice_tokens choice_dataset dataset_name dataset_subset "
-    "dataset_split dataset_revision dataset_text_field shuffle_buffer on_bad_data seq_length document_reset "
-    "seed dtype"
-).split()
 
 
 @dataclass
@@ -127,25 +121,31 @@ def rank_layers(hybrid: Hybrid) -> tuple[list[int], list[float], list[float]]:
     return given[::-1], costs[::-1], alone
 
 
-def choose_layers(args: Any, teacher: Any, student: Any, open_text: Callable[[], Any]) -> list[int]:
-    """The layers for `--layers auto:K`, ascending: those of `layer_choice.json` if it was made for the same flags.
+def choose_layers(
+    count: int,
+    teacher: Any,
+    student: Any,
+    open_text: Callable[[], Any],
+    *,
+    tokens: int,
+    made_for: dict[str, Any],
+    folder: Path,
+) -> list[int]:
+    """The `count` layers of `--layers auto:K`, ascending: those of `layer_choice.json` if it was made for the same.
 
     The student has all its mixers, with the teacher's weights transferred. `open_text` gives a loader, of whose text
-    `--choice_tokens` are taken. The ranking is logged and saved in the output folder.
+    `tokens` are taken. The ranking is logged and saved in `folder`, with what it was made for.
     """
-    path = Path(args.output_dir) / FILE
-    made_for = {name: getattr(args, name) for name in MADE_FOR}
+    path = folder / FILE
     saved = read_choice(path)
     if saved is not None and saved.made_for == made_for:
         log.info("layers %s, chosen before, from %s", " ".join(map(str, saved.layers)), path)
         return saved.layers
-    count = auto_layers(args.layers)
-    assert count is not None
     began = time.perf_counter()
-    tokens, valid, positions = first_rows(open_text(), args.choice_tokens)
+    rows, valid, positions = first_rows(open_text(), tokens)
     student.eval()
     with torch.no_grad():
-        ranking, kl, alone = rank_layers(Hybrid(teacher, student, tokens, valid, positions))
+        ranking, kl, alone = rank_layers(Hybrid(teacher, student, rows, valid, positions))
     seconds = round(time.perf_counter() - began, 1)
     choice = LayerChoice(sorted(ranking[:count]), ranking, kl, alone, valid.numel(), seconds, made_for)
     log.info("layers ranked, the first %d chosen: %s", count, " ".join(map(str, ranking)))

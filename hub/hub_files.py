@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from arguments import complain
-from utils import UserError
+from utils import UserError, complain
 
 log = logging.getLogger(__name__)
 

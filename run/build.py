@@ -2,7 +2,9 @@
 
 import gc
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from arguments import Arguments
+from data import TextLoader
 from distill.distillation import DistillationStep
 from distill.initialization import calibrate_mixers
 from distill.layer_choice import choose_layers
@@ -36,6 +39,13 @@ from run.text import RunText
 from utils import FROM_TEACHER, auto_layers
 
 log = logging.getLogger(__name__)
+
+# What a choice depends on: another run in the same folder with the same values takes up the choice that is there.
+CHOICE_MADE_FOR = (
+    "layers teacher_model student_model expand choice_tokens choice_dataset dataset_name dataset_subset "
+    "dataset_split dataset_revision dataset_text_field shuffle_buffer on_bad_data seq_length document_reset "
+    "seed dtype"
+).split()
 
 
 @dataclass
@@ -89,7 +99,7 @@ def build_models(args: Arguments, student_source: str, inputs: Inputs, devices: 
             tokens = text.calibration_tokens(stage_names(args)[0])
             calibrate_mixers(student, teacher, tokens.to(teacher_device))
         if auto_layers(args.layers) is not None:
-            chosen = ranks.first(lambda: choose_layers(args, teacher, student, text.choice_loader))
+            chosen = ranks.first(lambda: auto_choice(args, teacher, student, text.choice_loader))
             apply_replacements(student, teacher, chosen)
     freeze(
         student,
@@ -111,6 +121,21 @@ def build_models(args: Arguments, student_source: str, inputs: Inputs, devices: 
     connect(args, models, ranks)
     try_step(args, models)
     return models
+
+
+def auto_choice(args: Arguments, teacher: Any, student: Any, open_text: Callable[[], TextLoader]) -> list[int]:
+    """`distill.layer_choice.choose_layers` as the flags have it."""
+    count = auto_layers(args.layers)
+    assert count is not None
+    return choose_layers(
+        count,
+        teacher,
+        student,
+        open_text,
+        tokens=args.choice_tokens,
+        made_for={name: getattr(args, name) for name in CHOICE_MADE_FOR},
+        folder=Path(args.output_dir),
+    )
 
 
 def starts_sharded(args: Arguments, inputs: Inputs, ranks: Ranks) -> bool:

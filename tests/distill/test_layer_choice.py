@@ -12,11 +12,12 @@ from arguments import parse_arguments
 from conftest import tiny_llama_config
 from data import Batch
 from distill.initialization import calibrate_mixers, student_config, student_from_teacher
-from distill.layer_choice import FILE, Hybrid, choose_layers, first_rows, rank_layers
+from distill.layer_choice import FILE, Hybrid, first_rows, rank_layers
 from evaluation.held_out import held_out_figures
 from helpers import runs
 from model_utils import apply_replacements, as_teacher, transfer_teacher_weights
 from models import LlambaForCausalLM
+from run.build import auto_choice
 
 
 def pair(seed: int, *, published: bool = False):
@@ -111,7 +112,7 @@ def test_a_saved_choice_is_taken_up_only_for_the_same_flags(tmp_path):
         close = list.clear
 
     def choose(args):
-        return choose_layers(args, teacher, student, lambda: Loader([text(packed=False)]))
+        return auto_choice(args, teacher, student, lambda: Loader([text(packed=False)]))
 
     found = choose(args)
     saved = json.loads((tmp_path / FILE).read_text())
