@@ -10,12 +10,10 @@ import contextlib
 import itertools
 import logging
 import math
-import os
 import queue
 import threading
 import time
 import weakref
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +23,8 @@ import torch
 from hub.hub_files import DataStreamLost
 from text.documents import BadDocument, DocumentEncoder
 from text.packing import PackedTextDataset, Sequence
-from text.row_readers import BadData, TextFile, Unzipped
+from text.pass_share import text_size
+from text.row_readers import BadData, TextFile
 from text.text_sources import SourceSpec, open_source
 
 __all__ = [
@@ -282,7 +281,7 @@ def estimate_tokens(spec: SourceSpec, tokenizer: Any) -> float:
 def _tokens_of_file(file: TextFile, column: str, encoder: DocumentEncoder, characters: int) -> float:
     """Tokens per row (JSON: per byte) of samples at several places of a file, times its rows (bytes)."""
     rows = file.row_count()
-    total = _text_size(file) if rows is None else rows
+    total = text_size(file) if rows is None else rows
     places = SAMPLED_PLACES if rows is not None or (file.format == "jsonl" and not file.compressed) else 1
     tokens = units = 0
     for place in range(places):
@@ -293,17 +292,6 @@ def _tokens_of_file(file: TextFile, column: str, encoder: DocumentEncoder, chara
         tokens, units = tokens + more_tokens, units + more_units
         items.close()
     return tokens * total / max(1, units)
-
-
-def _text_size(file: TextFile) -> int:
-    """Bytes of a JSON file; of a compressed one the decompressed size, from the ratio of its beginning."""
-    if not file.compressed:
-        return file.size()
-    with file.open() as handle:
-        stored, stream = handle.seek(0, os.SEEK_END), Unzipped(handle)
-        with contextlib.suppress(EOFError, zlib.error):  # a damaged file: what there is of it
-            stream.seek(2 * SAMPLED_CHARACTERS)
-        return stream.position * stored // max(1, handle.tell() - len(stream.packed))
 
 
 def _sample(

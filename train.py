@@ -98,7 +98,9 @@ def distill(args: Arguments, ranks: Any) -> int:
             for name in names:
                 stage = ranks.together(lambda name=name: prepare_stage(args, name, session, inputs, loaders[name]))
                 with contextlib.closing(stage):
-                    log.info("%s: %d optimizer steps", name, stage.total_steps)
+                    log.info(
+                        "%s: %s%d optimizer steps", name, "about " * stage.open_ended, session.progress.stage_end
+                    )
                     if not run_stage(stage, session.progress, session.services()):
                         return session.stopped()
             session.save_final()
@@ -115,7 +117,9 @@ def prepare_stage(args: Arguments, name: str, session: Any, inputs: Any, loader:
     from run.stages import build_stage
 
     phases, done = session.phases(name, inputs.text), session.steps_done(name)
-    stage = build_stage(args, name, session.models, loader, phases, session.ranks, inputs.parallel, done=done)
+    known = session.stretches(name, phases)
+    options = dict(done=done, stretches=known)
+    stage = build_stage(args, name, session.models, loader, phases, session.ranks, inputs.parallel, **options)
     session.enter(stage)
     return stage
 

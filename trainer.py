@@ -109,21 +109,24 @@ def run_stage(stage: Stage, progress: Progress, services: Services) -> bool:
             norm, bad = clip_and_step(stage.optimizer, parameters, stage.grad_clip, scaler=stage.scaler)
             rate = stage.schedule.get_last_lr()[0]
             check.push(sums["tokens"], bad, rate)
+            _advance(progress, stage, window)
+            _expect(progress, stage, window)
             stage.schedule.step()
             stage.optimizer.zero_grad(set_to_none=True)
-            _advance(progress, stage, window)
             meter.add(sums, norm, bad, rate)
             watch.push(bad, window)
             journal.write()  # a step late: by now these figures have arrived
             if progress.optimizer_step % services.log_interval == 0:
                 journal.add(meter.read())
             meter.pause(lambda: _evaluate(stage, services, progress, journal))
-            if services.save_stable is not None and progress.stage_step == stage.stable_end:
+            if services.save_stable is not None and progress.stage_step == stage.stable_step:
                 _save(stage, progress, services.save_stable, meter, watch, journal)
             if _finished(stage, progress):
                 break
             if _save_due(stage, progress, services):
                 _save(stage, progress, services.save, meter, watch, journal)
+        if stage.open_ended and not coming.stopped:
+            _evaluate_at_the_end(services, progress, journal)
         watch.flush()
         check.flush()
     except services.save_before_raising:
@@ -210,12 +213,38 @@ def accumulate(stage: Stage, window: list[DeviceBatch], stop: Callable[[], bool]
 def _advance(progress: Progress, stage: Stage, window: list[DeviceBatch]) -> None:
     progress.optimizer_step += 1
     progress.stage_step += 1
-    progress.stage_cooled += stage.stable_end is not None and progress.stage_step > stage.stable_end
+    progress.stage_cooled += (stable := stage.stable_step) is not None and progress.stage_step > stable
     progress.micro_step += len(window)
-    tokens = sum(batch.inputs.numel() for batch in window) * stage.ranks.world_size
+    tokens = _window_tokens(stage, window)
     progress.tokens += tokens
     progress.stage_tokens += tokens
     progress.loader = window[-1].loader_state
+
+
+def _window_tokens(stage: Stage, window: list[DeviceBatch]) -> int:
+    return sum(batch.inputs.numel() for batch in window) * stage.ranks.world_size
+
+
+def _expect(progress: Progress, stage: Stage, window: list[DeviceBatch]) -> None:
+    """Where a pass (`--epochs`) turns out longer than planned: say so, and stretch what is left of the schedule.
+
+    Looked at from half the plan on; what is known of the text's length is its share that lies behind.
+    """
+    share, step, before = progress.loader.get("share"), progress.stage_step, progress.stage_end
+    if not stage.open_ended or not share or 2 * step < progress.stage_total:
+        return
+    left = math.ceil(progress.stage_tokens * (1 / share - 1) / _window_tokens(stage, window))
+    off = step + left - before
+    if abs(off) <= max(1, left // 10) or not (off > 0 or progress.stage_stretches):
+        return
+    progress.stage_expected = step + left
+    if left:
+        stage.stretches.append([step, progress.stage_expected])
+        progress.stage_stretches = [list(stretch) for stretch in stage.stretches]
+    log.warning(
+        "%s: about %d optimizer steps, not %d: what is left of the schedule is stretched over them",
+        stage.name, progress.stage_expected, before,
+    )  # fmt: skip
 
 
 def _finished(stage: Stage, progress: Progress) -> bool:
@@ -234,6 +263,14 @@ def _evaluate(stage: Stage, services: Services, progress: Progress, journal: Jou
         journal.write()
         services.log_metrics(progress.optimizer_step, services.evaluate(progress))
     services.sample(progress)
+
+
+def _evaluate_at_the_end(services: Services, progress: Progress, journal: Journal) -> None:
+    """Where the text's end came as a surprise, after the step that was the last."""
+    evaluated = progress.evaluation.get("step") == progress.optimizer_step
+    if services.evaluate is not None and services.eval_interval and progress.stage_step and not evaluated:
+        journal.write()
+        services.log_metrics(progress.optimizer_step, services.evaluate(progress))
 
 
 def _save(

@@ -141,12 +141,12 @@ class Meter:
             "train/tokens_per_second": (progress.tokens - self.first_tokens) / max(elapsed, 1e-9),
             "train/bad_steps": progress.bad_steps,
             "perf/step_seconds": seconds,
-            "perf/eta_seconds": max(progress.stage_total - progress.stage_step, 0) * seconds,
+            "perf/eta_seconds": (progress.stage_end - progress.stage_step) * seconds,
             "perf/peak_memory_gib": peak_memory_gib(self.stage.device),
             **self._waiting(),
             "stage": progress.stage,
             "stage_step": progress.stage_step,
-            "stage_total": progress.stage_total,
+            "stage_total": progress.stage_end,
         }
 
     def _waiting(self) -> dict[str, float]:

@@ -117,6 +117,11 @@ class Session:
             return self.resumed.phases(text)
         return Phases.of(text.total_steps(name), self.args.warmup_ratio, self.args.decay_ratio)
 
+    def stretches(self, name: str, phases: Phases) -> list[list[int]]:
+        """Those of an interrupted stage's schedule, as long as its plan is the same."""
+        kept = self.steps_done(name) and phases.total == self.progress.stage_total
+        return [list(stretch) for stretch in self.progress.stage_stretches] if kept else []
+
     def check_position(self, loaders: dict[str, Any], text: RunText) -> None:
         """Raise a `UserError` where a resumed stage cannot go on, before any model is loaded."""
         if self.resumed is not None:
@@ -148,6 +153,8 @@ class Session:
             self._align(stage)
             self.tracker.mark_stage(stage.name, self.progress.optimizer_step)
         self.progress.stage_total, self.progress.stage_warmup = stage.total_steps, stage.warmup
+        if not stage.stretches:  # a stage anew, or of another plan
+            self.progress.stage_expected, self.progress.stage_stretches = 0, []
 
     def _align(self, stage: Stage) -> None:
         """`--resume_step`: log and schedule start there; weights, optimizer and data do not."""

@@ -31,11 +31,13 @@ def build_stage(
     way: str = "none",
     *,
     done: int = 0,
+    stretches: list[list[int]] | None = None,
 ) -> Stage:
     """A stage with a fresh optimizer and its own schedule, `done` steps on, ready for `trainer.run_stage`.
 
-    `way` is Inputs.parallel.
+    `way` is Inputs.parallel; stretches: those of an interrupted stage (optim/stretch.py), which the loop adds to.
     """
+    stretches = [] if stretches is None else stretches
     distils = name in ("stage1", "stage2")
     micro_step, module = distillation(args, models, way) if distils else alignment(args, name, models)
     rates = {"matrix": args.matrix_lr, "hidden": args.hidden_lr}
@@ -47,7 +49,7 @@ def build_stage(
         weight_decay=args.weight_decay,
         kernel=compiles(args),
     )
-    schedule = build_schedule(optimizer, phases, max_lr=max_lr, min_lr=args.min_lr, done=done)
+    schedule = build_schedule(optimizer, phases, max_lr=max_lr, min_lr=args.min_lr, done=done, stretches=stretches)
     if args.update_in_backward:
         optimizer = UpdateInBackward(optimizer, args.grad_clip)  # type: ignore[assignment]
     stage = Stage(
@@ -65,6 +67,7 @@ def build_stage(
         device=models.device,
         scaler=torch.amp.GradScaler(models.device.type) if models.dtype == torch.float16 else None,
         open_ended=name == "stage1" and args.epochs > 0,
+        stretches=stretches,
         ranks=ranks,
         without_gradient=without_gradient(
             name,

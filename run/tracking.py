@@ -31,7 +31,7 @@ class ProgressBar:
             # the rate counts from where this process began, which on resume is not the stage's start
             done, total = max(0, figures["stage_step"] - 1), figures["stage_total"]
             self.bar = tqdm(desc=figures["stage"], initial=done, total=total, unit="step", dynamic_ncols=True)
-        self.bar.n = figures["stage_step"]
+        self.bar.n, self.bar.total = figures["stage_step"], figures["stage_total"]
         self.bar.refresh()
 
     def close(self) -> None:

@@ -18,8 +18,9 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from text.documents import BadDocument, DocumentEncoder, Segment, ids_of
+from text.pass_share import PassShare
 from text.row_readers import BadData
-from text.text_sources import TEXT_VERSION, SourceSpec, TextSource, TextTable, load_table, open_source
+from text.text_sources import TEXT_VERSION, Position, SourceSpec, TextSource, TextTable, load_table, open_source
 from utils import UserError
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class Sequence:
     documents: list[str]
     cursor: Cursor
     counters: dict[str, int]
+    share: float | None = None  # of all passes, up to its end
 
     @property
     def positions(self) -> torch.Tensor:
@@ -74,13 +76,22 @@ class Block:
 
     start: Cursor
     rows: list[tuple[Any, str]]
+    begins: float | None = None  # what share of the pass lies before it, where that is measured
+    ends: float | None = None
+
+    def share(self, index: int) -> float | None:
+        """Of all passes, in passes, up to the end of document `index`."""
+        if self.begins is None or self.ends is None:
+            return None
+        return self.start.epoch + self.begins + (self.ends - self.begins) * (index + 1) / max(1, len(self.rows))
 
 
 class StreamedBlocks:
     """Blocks of a source that is read from front to back, file by file."""
 
-    def __init__(self, source: TextSource, seed: int, shuffle_buffer: int):
+    def __init__(self, source: TextSource, seed: int, shuffle_buffer: int, measured: bool = False):
         self.source, self.seed, self.shuffle_buffer = source, seed, shuffle_buffer
+        self.shares = PassShare(source.files, source.sizes) if measured else None
 
     def epoch(self, cursor: Cursor) -> Iterator[Block]:
         """The blocks of one pass from the cursor's block on."""
@@ -92,17 +103,17 @@ class StreamedBlocks:
             rows.append((value, name))
             characters += _characters(value)
             if len(rows) == size or characters >= BLOCK_CHARACTERS:
-                yield self._ordered(start, rows)
+                yield self._ordered(start, rows, order, after)
                 start = Cursor(start.epoch, start.block + 1, *after)
                 rows, characters = [], 0
         if rows:
-            yield self._ordered(start, rows)
+            yield self._ordered(start, rows, order, (len(order), 0, 0))
 
-    def _ordered(self, start: Cursor, rows: list[tuple[Any, str]]) -> Block:
-        if not self.shuffle_buffer:
-            return Block(start, rows)
-        order = draw_order(len(rows), self.seed, start.epoch, start.block)
-        return Block(start, [rows[index] for index in order])
+    def _ordered(self, start: Cursor, rows: list[tuple[Any, str]], files: list[int], after: Position) -> Block:
+        shares = self.shares and [self.shares.before(files, position) for position in (start[2:5], after)]
+        if self.shuffle_buffer:
+            rows = [rows[index] for index in draw_order(len(rows), self.seed, start.epoch, start.block)]
+        return Block(start, rows, *(shares or ()))
 
 
 def _characters(value: Any) -> int:
@@ -123,7 +134,9 @@ class TableBlocks:
         order = draw_order(count, self.seed, cursor.epoch) if self.shuffle else np.arange(count)
         for block in range(cursor.block, math.ceil(count / TABLE_BLOCK)):
             chosen = order[block * TABLE_BLOCK : (block + 1) * TABLE_BLOCK]
-            yield Block(Cursor(cursor.epoch, block), [self.table[int(index)] for index in chosen])
+            rows = [self.table[int(index)] for index in chosen]
+            first = block * TABLE_BLOCK
+            yield Block(Cursor(cursor.epoch, block), rows, first / count, (first + len(rows)) / count)
 
 
 @dataclass
@@ -135,6 +148,7 @@ class Piece:
     name: str = ""
     ends: bool = False  # the document ends with it
     skipped: dict[str, int] = field(default_factory=dict)  # rows passed over before it
+    share: float | None = None  # see Block.share
 
 
 Tokenised = tuple[list[Piece], list[Any]]  # pieces, and the backend's encodings of those that are text
@@ -172,6 +186,7 @@ class PackedTextDataset(IterableDataset):
         self.source = source or open_source(spec)
         self.encoder = self._make_encoder(tokenizer)
         self.cursor, self.sequences = Cursor(), 0
+        self.share: float | None = None  # of all passes, what was given out
         self.counters = dict.fromkeys(("documents", "skipped_empty", "bad", "tokens"), 0)
         self.blocks = self._make_blocks()
         self._check_enough()
@@ -181,7 +196,7 @@ class PackedTextDataset(IterableDataset):
 
     def _make_blocks(self) -> StreamedBlocks | TableBlocks:
         if self.spec.streaming:
-            return StreamedBlocks(self.source, self.seed, self.spec.shuffle_buffer)
+            return StreamedBlocks(self.source, self.seed, self.spec.shuffle_buffer, self.epochs is not None)
         return TableBlocks(load_table(self.source), self.seed, shuffle=self.spec.shuffle_buffer > 0)
 
     def _check_enough(self) -> None:
@@ -207,7 +222,7 @@ class PackedTextDataset(IterableDataset):
 
     def advance(self, sequence: Sequence, count: int = 1) -> None:
         """Take note that everything up to this sequence was given out, `count` sequences more than before."""
-        self.cursor, self.counters = sequence.cursor, sequence.counters
+        self.cursor, self.counters, self.share = sequence.cursor, sequence.counters, sequence.share
         self.sequences += count
 
     def stream(self, ahead: Callable[[Iterator[Any]], Iterator[Any]] = iter) -> Iterator[Sequence]:
@@ -242,7 +257,7 @@ class PackedTextDataset(IterableDataset):
                     if at[:6] == cursor[:6] and number < cursor.segment:
                         continue
                     ends = segment is self.encoder.separator
-                    yield Piece(at._replace(segment=number), segment, name, ends, skipped)
+                    yield Piece(at._replace(segment=number), segment, name, ends, skipped, block.share(index))
                     skipped = {}
 
     def _segments(self, value: Any, name: str, skipped: dict[str, int]) -> Iterable[Segment]:
@@ -300,11 +315,13 @@ class PackedTextDataset(IterableDataset):
                 counters["documents"] += ended
                 counters["tokens"] += len(taken)
                 if draft.length == size:
-                    yield draft.finish(size, piece.cursor._replace(token=at), dict(counters), self.encoder.separator)
+                    share = None if piece.share is None or not self.epochs else round(piece.share / self.epochs, 9)
+                    after = piece.cursor._replace(token=at)
+                    yield draft.finish(size, after, dict(counters), self.encoder.separator, share)
                     draft = Draft()
             cursor = piece.cursor._replace(token=len(piece.ids))
         if draft.length:
-            yield draft.finish(size, cursor, dict(counters), self.encoder.separator)
+            yield draft.finish(size, cursor, dict(counters), self.encoder.separator, 1.0)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain python, a few hundred bytes whatever the source, the buffer or the position."""
@@ -316,6 +333,7 @@ class PackedTextDataset(IterableDataset):
             "cursor": list(self.cursor),
             "sequences": self.sequences,
             "counters": dict(self.counters),
+            **({} if self.share is None else {"share": self.share}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -340,6 +358,7 @@ class PackedTextDataset(IterableDataset):
             )
         self.cursor = Cursor(*state["cursor"])
         self.sequences, self.counters = state["sequences"], dict(state["counters"])
+        self.share = state.get("share")
 
 
 class Draft:
@@ -361,7 +380,9 @@ class Draft:
         self.length += len(ids)
         self.at_start = ended
 
-    def finish(self, size: int, cursor: Cursor, counters: dict[str, int], filler: np.ndarray) -> Sequence:
+    def finish(
+        self, size: int, cursor: Cursor, counters: dict[str, int], filler: np.ndarray, share: float | None
+    ) -> Sequence:
         """The sequence, filled up to `size` tokens."""
         tokens = np.concatenate([*self.parts, np.repeat(filler, size - self.length)]).astype(np.int64)
-        return Sequence(torch.from_numpy(tokens), self.length, self.starts, self.names, cursor, counters)
+        return Sequence(torch.from_numpy(tokens), self.length, self.starts, self.names, cursor, counters, share)

@@ -59,11 +59,16 @@ class TextSource:
     name: str
     files: list[TextFile]
     identity: str  # the same as long as the files are
-    size: int = 0  # bytes of all files as stored
+    sizes: list[int] = field(default_factory=list)  # bytes of each file as stored
     commit: str | None = None  # of a Hub dataset
     column: str = "text"
     chat: bool = False
     patience: Patience = field(default_factory=lambda: Patience(600.0))
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files as stored."""
+        return sum(self.sizes)
 
     def stamp(self) -> str:
         """Like `identity`, and also another one when a local file was written anew."""
@@ -118,12 +123,12 @@ def find_files(spec: SourceSpec, commit: str | None = None) -> TextSource:
     if not files:
         raise UserError(f"{spec.name}: its files ({listing.paths[0]}, ...) are not parquet or JSON")
     log.info("%s: %d files at commit %s", spec.name, len(files), listing.commit[:12])
-    size = sum(listing.sizes.get(file.name, 0) for file in files)
-    return TextSource(spec.name, files, identity_of(files), size, listing.commit, patience=patience)
+    sizes = [listing.sizes.get(file.name, 0) for file in files]
+    return TextSource(spec.name, files, identity_of(files), sizes, listing.commit, patience=patience)
 
 
 def _local_source(spec: SourceSpec, files: list[TextFile], patience: Patience) -> TextSource:
-    return TextSource(spec.name, files, identity_of(files), sum(int(file.stamp) for file in files), patience=patience)
+    return TextSource(spec.name, files, identity_of(files), [int(file.stamp) for file in files], patience=patience)
 
 
 def _hub_file(repo: str, commit: str, path: str, patience: Patience) -> TextFile:
