@@ -144,7 +144,11 @@ def test_a_hint_that_is_far_too_small(tiny_teacher, even, sources, tmp_path, cap
     assert all(row["stage_step"] <= row["stage_total"] for row in rows)
     middle = rows[steps // 2]
     assert middle["stage_total"] == pytest.approx(steps, rel=0.15) and middle["perf/eta_seconds"] > 0
-    assert middle["train/lr"] == pytest.approx(1e-3) and rows[-1]["train/lr"] < 3e-4
+    progress = json.loads((tmp_path / "run" / "final" / "training_state.json").read_text())["progress"]
+    expected = rates(4, progress["stage_stretches"], decay_ratio=0.25)
+    for row, rate in zip(rows, expected):
+        assert row["train/lr"] == pytest.approx(1e-3 * rate, rel=1e-6)
+    assert rows[-3]["train/lr"] > 2e-5 and rows[-1]["train/lr"] < 3e-4
     evaluations = [row["step"] for row in runs.metrics(tmp_path / "run") if "eval/kl" in row]
     assert evaluations == [0, steps]
     card = (tmp_path / "run" / "final" / "README.md").read_text()
