@@ -10,16 +10,12 @@ import argparse
 import importlib.util
 import itertools
 import json
-import os
-import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 from arguments import Parser, device_name, real, whole
-from evaluation.held_out import held_out_figures
+from evaluation.harness import harness_figures
 from evaluation.report import draw, print_table
 from hub.hub_files import DataStreamLost
 from utils import UserError, check_folder_writable, complain
@@ -73,74 +69,23 @@ def validate(args: argparse.Namespace) -> Path:
     return output
 
 
-def recall_figures(models: dict[str, Any], tokenizer: Any, args: argparse.Namespace, device: Any) -> dict[str, Any]:
-    """Accuracy of each model for each task and number of pairs."""
-    from evaluation.recall import TASKS, recall_accuracy, recall_rows
-
-    figures: dict[str, Any] = {}
-    for task in TASKS:
-        for pairs in args.recall_pairs:
-            rows = recall_rows(task, pairs, args.recall_rows)
-            for name, model in models.items():
-                accuracy = recall_accuracy(model, tokenizer, rows, device)
-                figures.setdefault(f"{task}/{pairs}", {})[name] = accuracy
-    return figures
-
-
-def speed_figures(models: dict[str, Any], tokenizer: Any, tokens: int, device: Any) -> dict[str, float]:
-    """Generated tokens a second, greedy, batch 1, after one warm-up."""
-    import torch
-
-    prompt = tokenizer("The history of", return_tensors="pt").to(device)
-    options = dict(min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False, use_cache=True)
-    figures = {}
-    for name, model in models.items():
-        model.generate(**prompt, **{**options, "min_new_tokens": 2, "max_new_tokens": 2})
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        model.generate(**prompt, **options)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        figures[name] = tokens / (time.perf_counter() - start)
-    return figures
-
-
-def harness_figures(args: argparse.Namespace) -> dict[str, Any]:
-    """lm-evaluation-harness results of the student for `--tasks`: {task: {metric: value}}.
-
-    In a process of its own, started elsewhere: it imports a package whose name is this script's.
-    """
-    student = Path(args.student)
-    options = {
-        "--model": "hf",
-        "--model_args": f"pretrained={student.resolve() if student.is_dir() else student},"
-        f"trust_remote_code=True,dtype={args.dtype},attn_implementation={args.attn_implementation}",
-        "--tasks": ",".join(args.tasks),
-        "--device": args.device,
-        "--batch_size": str(args.batch_size),
-    }
-    if args.limit is not None:
-        options["--limit"] = f"{args.limit:g}"
-    if args.include_path:
-        options["--include_path"] = str(Path(args.include_path).resolve())
-    env = {**os.environ, "HF_HUB_OFFLINE": "1"} if args.local_files_only else None
-    with tempfile.TemporaryDirectory() as folder:
-        options["--output_path"] = folder
-        command = [sys.executable, "-m", "lm_eval", *itertools.chain(*options.items())]
-        if subprocess.run(command, cwd=folder, env=env).returncode:
-            raise UserError(f"--tasks {' '.join(args.tasks)}: lm-evaluation-harness failed (its own words are above)")
-        results = json.loads(next(Path(folder).rglob("results_*.json")).read_text())["results"]
-    return {task: {k: v for k, v in found.items() if isinstance(v, float)} for task, found in results.items()}
-
-
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Every figure that the flags ask for."""
     report: dict[str, Any] = {"student": args.student, "teacher": args.teacher, "flags": vars(args)}
     if args.dataset_name or args.recall_pairs or args.speed_tokens:
         report |= own_figures(args)  # both models are gone when it returns
     if args.tasks:
-        report["harness"] = harness_figures(args)
+        report["harness"] = harness_figures(
+            args.student,
+            args.tasks,
+            device=args.device,
+            dtype=args.dtype,
+            attn_implementation=args.attn_implementation,
+            batch_size=args.batch_size,
+            limit=args.limit,
+            include_path=args.include_path,
+            offline=args.local_files_only,
+        )
     return report
 
 
@@ -164,6 +109,9 @@ def own_figures(args: argparse.Namespace) -> dict[str, Any]:
     """Held-out figures, recall and speed: text and sizes are looked at before any weight is loaded."""
     import torch
 
+    from evaluation.generation_speed import speed_figures
+    from evaluation.held_out import held_out_figures
+    from evaluation.recall import recall_figures
     from hardware.devices import check_device
     from hub.model_files import fetch_model
     from model_utils import (
@@ -195,7 +143,7 @@ def own_figures(args: argparse.Namespace) -> dict[str, Any]:
     if args.dataset_name:
         report["held_out"] = held_out_figures(student, teacher, itertools.chain(first, batches), args.tokens, where)
     if args.recall_pairs:
-        report["recall"] = recall_figures(models, tokenizer, args, where)
+        report["recall"] = recall_figures(models, tokenizer, args.recall_pairs, args.recall_rows, where)
     if args.speed_tokens:
         report["tokens_per_second"] = speed_figures(models, tokenizer, args.speed_tokens, where)
     return report

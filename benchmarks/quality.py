@@ -134,7 +134,12 @@ class Judge:
         self.valid, self.device, self.dtype = bench.valid, check_device(bench.device), getattr(torch, bench.dtype)
         self.tokenizer = get_tokenizer(bench.teacher)
         self.teacher = get_teacher_model(bench.teacher, dtype=self.dtype, device=self.device)
-        self.recall = evaluate.recall_figures({"teacher": self.teacher}, self.tokenizer, self.args, self.device)
+        self.recall = self.recall_of({"teacher": self.teacher})
+
+    def recall_of(self, models: dict[str, Any]) -> dict[str, Any]:
+        from evaluation.recall import recall_figures
+
+        return recall_figures(models, self.tokenizer, self.args.recall_pairs, self.args.recall_rows, self.device)
 
     def figures(self, folder: Path) -> dict[str, Any]:
         """Held-out figures over the whole file, and recall of student and teacher."""
@@ -145,7 +150,7 @@ class Judge:
         student = get_student_model(str(folder), self.teacher, dtype=self.dtype, device=self.device).eval()
         batches = evaluate.held_out_batches(self.args, self.valid, self.tokenizer)
         held_out = held_out_figures(student, self.teacher, batches, 2**62, self.device)
-        recall = evaluate.recall_figures({"student": student}, self.tokenizer, self.args, self.device)
+        recall = self.recall_of({"student": student})
         return {
             "attention_layers": student.config.attention_layers,
             "held_out": held_out,

@@ -70,3 +70,17 @@ def recall_accuracy(model: Any, tokenizer: Any, rows: Sequence[RecallRow], devic
         logits = model(input_ids=tokens[:, :-1], logits_to_keep=answer, use_cache=False).logits
         right += int(torch.equal(logits[0, -answer:].argmax(-1), tokens[0, -answer:]))
     return right / len(rows)
+
+
+def recall_figures(
+    models: dict[str, Any], tokenizer: Any, lengths: Sequence[int], count: int, device: torch.device
+) -> dict[str, Any]:
+    """Accuracy (0 to 1) of each model for each task and number of pairs in `lengths`, on `count` rows."""
+    figures: dict[str, Any] = {}
+    for task in TASKS:
+        for pairs in lengths:
+            rows = recall_rows(task, pairs, count)
+            for name, model in models.items():
+                accuracy = recall_accuracy(model, tokenizer, rows, device)
+                figures.setdefault(f"{task}/{pairs}", {})[name] = accuracy
+    return figures
