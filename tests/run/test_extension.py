@@ -110,6 +110,18 @@ def test_a_second_stage_is_added(tmp_path, run, ended):
     assert_equal_runs(tmp_path / "run", tmp_path / "planned")
 
 
+def test_an_alignment_stage_and_stage_2_grow_after_the_end(tmp_path, run):
+    """The hidden stage goes on from its stable end and all after it runs again; then stage 2 from its own."""
+    options = dict(SMALL, max_steps=3, warmup_ratio=0, hidden_tokens=192)
+    assert run(tmp_path / "run", **options)[0] == 0
+    for name, longer in (("hidden", dict(hidden_tokens=320)), ("stage2", dict(second_dataset_tokens=128))):
+        options = {**options, **longer}
+        status, text = run(tmp_path / "run", **options)
+        assert status == 0 and f"resuming {tmp_path / 'run' / f'stable-{name}'}" in text, text
+    assert run(tmp_path / "planned", **options)[0] == 0
+    assert_equal_runs(tmp_path / "run", tmp_path / "planned")
+
+
 def test_more_epochs(tmp_path, run, sources, documents):
     """A pass of about 10 steps, then two: the second pass, the warm-up and the cooldown of a run of two."""
     short = tmp_path / "short.jsonl.gz"
