@@ -1,5 +1,6 @@
 """One distillation step: the teacher's hidden states, the student's forward pass, loss terms, backward pass."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 
 from distill.forms import DeviceBatch, Sums
 from distill.losses import KDTerms, chunked_kd_loss, layer_distances
+from distill.teacher import Teacher
 
 
 class DistillationStep(nn.Module):
@@ -88,12 +90,11 @@ class DistillationStep(nn.Module):
         return head.grad
 
 
-def kd_micro_step(step: nn.Module, teacher: Any):
+def kd_micro_step(step: nn.Module, teacher: Teacher | None) -> Callable[[DeviceBatch, torch.Tensor], Sums]:
     """The micro step of the KD stages: the teacher (also for the batch that follows), student, loss, backward."""
 
     def micro_step(batch: DeviceBatch, grad_scale: torch.Tensor) -> Sums:
-        hidden = None if teacher is None else teacher.finish(batch)
-        batch.teacher_hidden = None  # a window keeps its batches, and with every layer these are large
+        hidden = None if teacher is None else teacher.hidden_states(batch)
         if teacher is not None and batch.following is not None:
             teacher.prepare(batch.following)
         terms = step(batch.inputs, batch.labels, batch.valid, batch.position_ids, hidden, grad_scale)

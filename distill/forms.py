@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from data import Batch
 from hardware.ranks import Ranks
 from optim.stretch import last_step
 
@@ -92,7 +93,7 @@ class Stage:
 
 @dataclass
 class DeviceBatch:
-    """A `data.Batch` on the student's device, with what the teacher has put beside it."""
+    """A `data.Batch` on the student's device."""
 
     inputs: torch.Tensor  # int64 [b, t]
     labels: torch.Tensor  # int64 [b, t]
@@ -100,8 +101,5 @@ class DeviceBatch:
     position_ids: torch.Tensor | None  # int64 [b, t]
     document_ids: list[str]
     loader_state: dict[str, Any]  # the loader's state after this batch
-    source: Any = None  # the `data.Batch` on the host
+    source: Batch | None = None  # the same on the host
     following: "DeviceBatch | None" = None  # the next one, with `Stage.ahead`
-    teacher_hidden: torch.Tensor | None = None  # [b, t, d], or [L, b, t, d] of every layer
-    ready: Any = None  # what to wait for before teacher_hidden is used
-    kept: Any = None  # memory that must not be given back before then

@@ -3,11 +3,13 @@
 Only hidden states cross between devices and ranks, never logits: the teacher's head stands where the loss is.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from distill.forms import DeviceBatch
 from hardware.ranks import Ranks
@@ -19,7 +21,7 @@ LATER: Any = {"non_blocking": True}
 class TeacherBackbone(nn.Module):
     """The teacher up to its final norm, as one module (so that it can be sharded as one)."""
 
-    def __init__(self, teacher: Any, every_layer: bool = False):
+    def __init__(self, teacher: PreTrainedModel, every_layer: bool = False):
         super().__init__()
         self.layers, self.every_layer = teacher.model.layers, every_layer
         self.teacher = [teacher]  # in a list: what is not a layer is no part of this module
@@ -32,7 +34,43 @@ class TeacherBackbone(nn.Module):
         return teacher_hidden(self.teacher[0], inputs, positions, self.every_layer and torch.is_grad_enabled())
 
 
-class OwnTeacher:
+@dataclass
+class Coming:
+    """Hidden states of a batch that may still be on their way to the student's device."""
+
+    states: Tensor  # [b, t, d], or [L, b, t, d] of every layer
+    arrival: Any = None  # a CUDA event or a torch.distributed work: what to wait for before they are used
+    parts: list[Tensor] | None = None  # memory that they are sent from, which must not be given back before then
+
+
+class Teacher:
+    """Hidden states batch by batch; at most one batch, the next of training, is prepared before it is asked for."""
+
+    ahead: bool  # True where preparing the next batch overlaps the student's work
+    coming: tuple[DeviceBatch, Coming] | None = None
+
+    def prepare(self, batch: DeviceBatch) -> None:
+        """Start on the batch that is asked for next; others may be asked for before it, and leave it as it is."""
+        self.coming = batch, self.start(batch)
+
+    def hidden_states(self, batch: DeviceBatch) -> Tensor:
+        """The batch's hidden states on the student's device, for work on the current stream; let go afterwards."""
+        if self.coming is not None and self.coming[0] is batch:
+            (_, coming), self.coming = self.coming, None
+        else:
+            coming = self.start(batch)
+        return self.arrived(coming)
+
+    def start(self, batch: DeviceBatch) -> Coming:
+        """Start on a batch."""
+        raise NotImplementedError
+
+    def arrived(self, coming: Coming) -> Tensor:
+        """The hidden states, once they are on the student's device."""
+        raise NotImplementedError
+
+
+class OwnTeacher(Teacher):
     """A teacher of this rank's own. On a device of its own it works one batch ahead, on streams of its own.
 
     Its forward pass then overlaps the student's forward and backward pass. Tokens go to it straight from the host,
@@ -40,7 +78,9 @@ class OwnTeacher:
     With `every_layer` it gives hidden states [L, b, t, d] (`model_utils.teacher_hidden`) instead of [b, t, d].
     """
 
-    def __init__(self, teacher: Any, device: torch.device, *, ahead: bool | None = None, every_layer: bool = False):
+    def __init__(
+        self, teacher: PreTrainedModel, device: torch.device, *, ahead: bool | None = None, every_layer: bool = False
+    ):
         self.backbone = TeacherBackbone(teacher, every_layer)
         self.device, self.teacher_device = device, teacher.device
         self.ahead = device != self.teacher_device if ahead is None else ahead
@@ -50,42 +90,39 @@ class OwnTeacher:
             self.copies = torch.cuda.Stream(device)
             self.compute.wait_stream(torch.cuda.current_stream(self.teacher_device))  # the weights are written there
 
-    def prepare(self, batch: DeviceBatch) -> None:
-        """Start on a batch."""
+    def start(self, batch: DeviceBatch) -> Coming:
+        """The forward pass, at once or on the teacher's own streams."""
         if not self.streams:
-            batch.teacher_hidden = self._forward(batch).to(self.device, non_blocking=True)
-            return
-        done, batch.ready = torch.cuda.Event(), torch.cuda.Event()
+            return Coming(self._forward(batch).to(self.device, non_blocking=True))
+        done, copied = torch.cuda.Event(), torch.cuda.Event()
         with torch.cuda.device(self.teacher_device), torch.cuda.stream(self.compute):
             hidden = self._forward(batch)
             done.record(self.compute)
         with torch.cuda.device(self.device), torch.cuda.stream(self.copies):
             self.copies.wait_event(done)
-            batch.teacher_hidden = hidden.to(self.device, non_blocking=True, copy=True)
+            states = hidden.to(self.device, non_blocking=True, copy=True)
             hidden.record_stream(torch.cuda.current_stream(self.teacher_device))  # the one that the copy is on
-            batch.ready.record(self.copies)
+            copied.record(self.copies)
+        return Coming(states, copied)
 
-    def finish(self, batch: DeviceBatch) -> Tensor:
-        """The batch's hidden states, on the student's device, for work on the current stream."""
-        if batch.teacher_hidden is None:
-            self.prepare(batch)
-        hidden = batch.teacher_hidden
-        assert hidden is not None
-        if batch.ready is not None:
+    def arrived(self, coming: Coming) -> Tensor:
+        """They may be used on the current stream of the student's device from now on."""
+        if coming.arrival is not None:
             stream = torch.cuda.current_stream(self.device)
-            stream.wait_event(batch.ready)
-            hidden.record_stream(stream)
-        return hidden
+            stream.wait_event(coming.arrival)
+            coming.states.record_stream(stream)
+        return coming.states
 
     def _forward(self, batch: DeviceBatch) -> Tensor:
         if not self.ahead and self.device == self.teacher_device:
             return self.backbone(batch.inputs, batch.position_ids)
         source = batch.source
+        assert source is not None
         positions = None if source.position_ids is None else source.position_ids.to(self.teacher_device, **LATER)
         return self.backbone(source.tokens.to(self.teacher_device, **LATER)[:, :-1], positions)
 
 
-class HostTeacher:
+class HostTeacher(Teacher):
     """One teacher for all ranks of a host, on a device of its own, in the process of the host's first rank.
 
     Tokens are gathered there, hidden states scattered; both by torch.distributed. One batch ahead.
@@ -93,7 +130,7 @@ class HostTeacher:
 
     ahead = True
 
-    def __init__(self, teacher: Any, device: torch.device, teacher_device: torch.device, ranks: Ranks):
+    def __init__(self, teacher: PreTrainedModel, device: torch.device, teacher_device: torch.device, ranks: Ranks):
         self.serves = ranks.local_rank == 0
         self.device, self.teacher_device = device, teacher_device
         self.backbone = TeacherBackbone(teacher) if self.serves else None
@@ -106,30 +143,23 @@ class HostTeacher:
             if first == self.first:
                 self.group, self.on_host = group, on_host
 
-    def prepare(self, batch: DeviceBatch) -> None:
+    def start(self, batch: DeviceBatch) -> Coming:
         """Bring all local ranks' batches to the teacher and start on them."""
+        assert batch.source is not None
         tokens, positions = batch.source.tokens[:, :-1], batch.source.position_ids
         sent = torch.stack([tokens] if positions is None else [tokens, positions])
         everyone = [torch.empty_like(sent) for _ in range(self.size)] if self.serves else None
         dist.gather(sent, everyone, dst=self.first, group=self.on_host)
         place = self.teacher_device if self.serves else self.device
-        batch.teacher_hidden = torch.empty(*tokens.shape, self.width, dtype=self.dtype, device=place)
+        own = torch.empty(*tokens.shape, self.width, dtype=self.dtype, device=place)
         parts = None
         if everyone is not None and self.backbone is not None:
             together = torch.cat(everyone, dim=1).to(self.teacher_device, **LATER)
             hidden = self.backbone(together[0], None if positions is None else together[1])
             parts = [part.contiguous() for part in hidden.chunk(self.size)]
-        batch.ready = dist.scatter(batch.teacher_hidden, parts, src=self.first, group=self.group, async_op=True)
-        batch.kept = parts
+        return Coming(own, dist.scatter(own, parts, src=self.first, group=self.group, async_op=True), parts)
 
-    def finish(self, batch: DeviceBatch) -> Tensor:
-        """The batch's hidden states [b, t, d] on the student's device."""
-        if batch.teacher_hidden is None:
-            self.prepare(batch)
-        if batch.ready is not None:
-            batch.ready.wait()
-            batch.ready = batch.kept = None
-            assert batch.teacher_hidden is not None
-            batch.teacher_hidden = batch.teacher_hidden.to(self.device, non_blocking=True)
-        assert batch.teacher_hidden is not None
-        return batch.teacher_hidden
+    def arrived(self, coming: Coming) -> Tensor:
+        """[b, t, d] on the student's device."""
+        coming.arrival.wait()
+        return coming.states.to(self.device, non_blocking=True)

@@ -34,7 +34,7 @@ def held_out_sums(step: Any, hidden_states: Any, teacher_head: Any, batch: Any, 
     from trainer import to_device
 
     here = to_device(batch, device, {}, non_blocking=False)
-    theirs = hidden_states.finish(here)
+    theirs = hidden_states.hidden_states(here)
     one = torch.ones((), device=device)
     terms = step(here.inputs, here.labels, here.valid, here.position_ids, theirs, one)
     options: dict[str, Any] = dict(kl_weight=0.0, ce_weight=1.0)

@@ -71,7 +71,7 @@ class CapturedMicroStep:
     def _capture(self, batch: DeviceBatch, grad_scale: Tensor) -> None:
         """Record a step, without running it; what cannot be recorded is one warning line, and runs as it is."""
         copies = {name: getattr(batch, name).clone() for name in ("inputs", "labels", "valid")}
-        self.batch = replace(batch, **copies, source=None, following=None, teacher_hidden=None, ready=None)
+        self.batch = replace(batch, **copies, source=None, following=None)
         self.scale = grad_scale.clone()
         self._restore_gradients()
         graph = torch.cuda.CUDAGraph()

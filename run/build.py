@@ -16,7 +16,7 @@ from data import TextLoader
 from distill.distillation import DistillationStep
 from distill.initialization import calibrate_mixers
 from distill.layer_choice import choose_layers
-from distill.teacher import HostTeacher, OwnTeacher
+from distill.teacher import HostTeacher, OwnTeacher, Teacher
 from hardware import parallel
 from hardware.ranks import Ranks
 from model_utils import (
@@ -60,7 +60,7 @@ class Models:
     dtype: torch.dtype
     teacher_head: torch.Tensor | None = None  # [V, d] on the student's device, wherever the teacher goes
     step: Any = None  # the student with its loss; from `distribute` on under DDP or FSDP2
-    hidden_states: Any = None  # where the teacher's come from (teacher.py)
+    hidden_states: Teacher | None = None  # where the teacher's come from
     whole_gradients: bool = False  # sharded: each rank keeps them whole until an optimizer step's last micro step
 
     @property
@@ -207,7 +207,7 @@ def connect(args: Arguments, models: Models, ranks: Ranks) -> None:
         autocast=torch.float16 if models.dtype == torch.float16 else None,
     )
     if models.teacher is not None:
-        models.hidden_states = hidden_states(args, models, ranks)
+        models.hidden_states = hidden_states(args, models, models.teacher, ranks)
 
 
 def serves_host(args: Arguments, ranks: Ranks) -> bool:
@@ -215,14 +215,13 @@ def serves_host(args: Arguments, ranks: Ranks) -> bool:
     return not ranks.alone and args.teacher_device is not None
 
 
-def hidden_states(args: Arguments, models: Models, ranks: Ranks) -> OwnTeacher | HostTeacher:
+def hidden_states(args: Arguments, models: Models, teacher: PreTrainedModel, ranks: Ranks) -> Teacher:
     """Where the teacher's hidden states come from. A host's teacher moves to its device, and goes on other ranks."""
     if args.teacher_device is None or ranks.alone:
-        return OwnTeacher(models.teacher, models.device, every_layer=args.layer_weight > 0)
-    teacher: Any = models.teacher
+        return OwnTeacher(teacher, models.device, every_layer=args.layer_weight > 0)
     place = torch.device(args.teacher_device)
     if ranks.local_rank == 0:
-        teacher.to(place)
+        teacher.to(place)  # type: ignore[arg-type]
     else:
         teacher.model.layers = nn.ModuleList()
     models.teacher_device = place

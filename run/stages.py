@@ -76,7 +76,8 @@ def build_stage(
             hard_labels=args.ce_weight > 0,
         ),
     )
-    stage.ahead = distils and args.kl_weight > 0 and models.hidden_states.ahead
+    teacher = models.hidden_states
+    stage.ahead = distils and args.kl_weight > 0 and teacher is not None and teacher.ahead
     if captures(args, models, ranks):
         stage.micro_step = CapturedMicroStep(stage.micro_step, stage.parameters(), models.device)
     if not ranks.alone:

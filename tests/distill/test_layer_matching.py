@@ -99,15 +99,35 @@ def test_a_teacher_that_gives_its_last_layer_alone_is_an_error():
         step(tokens, tokens, valid, None, teacher_hidden(teacher, tokens), torch.ones(()))
 
 
-def test_a_window_keeps_no_states_and_an_evaluation_makes_the_last_alone():
+def test_a_window_keeps_no_states_and_an_evaluation_makes_the_last_alone(monkeypatch):
     teacher = make_teacher(TEACHERS["grouped queries"])
+    made, start = [], OwnTeacher.start
+
+    def seen(self, batch):
+        coming = start(self, batch)
+        made.append(weakref.ref(coming.states))
+        return coming
+
+    monkeypatch.setattr(OwnTeacher, "start", seen)
     stage = make_stage(teacher, make_student(teacher, [1]), [], layer_weight=1.0)
     tokens, valid = torch.randint(0, 512, (4, 6)), torch.ones(4, 5, dtype=torch.bool)
     window = [to_device(batch, CPU, {}, non_blocking=False) for batch in batches_of(tokens, valid, 2)]
     accumulate(stage, window, lambda: False)
-    assert [batch.teacher_hidden for batch in window] == [None, None]
+    assert len(made) == 2 and not any(ref() is not None for ref in made)
     with torch.no_grad():
-        assert OwnTeacher(teacher, CPU, every_layer=True).finish(window[0]).shape == (2, 5, 64)
+        assert OwnTeacher(teacher, CPU, every_layer=True).hidden_states(window[0]).shape == (2, 5, 64)
+
+
+def test_a_batch_that_is_prepared_outlasts_an_evaluation():
+    teacher = make_teacher(TEACHERS["grouped queries"])
+    own, forwards = OwnTeacher(teacher, CPU, ahead=True), []
+    own.backbone.register_forward_pre_hook(lambda *_: forwards.append(1))
+    tokens, valid = torch.randint(0, 512, (4, 6)), torch.ones(4, 5, dtype=torch.bool)
+    following, held_out = (to_device(b, CPU, {}, non_blocking=False) for b in batches_of(tokens, valid, 2))
+    own.prepare(following)
+    assert torch.equal(own.hidden_states(held_out), teacher_hidden(teacher, tokens[2:, :-1]))
+    assert torch.equal(own.hidden_states(following), teacher_hidden(teacher, tokens[:2, :-1]))
+    assert len(forwards) == 2 and own.coming is None
 
 
 def test_layers_outputs_are_let_go_unless_they_are_asked_for():

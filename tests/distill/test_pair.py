@@ -118,9 +118,9 @@ class Trace:
 class NamedTeacher(OwnTeacher):
     """Names the range in which the host enqueues the teacher's work on a batch."""
 
-    def prepare(self, batch):
+    def start(self, batch):
         with record_function("teacher " + batch.document_ids[0]):
-            super().prepare(batch)
+            return super().start(batch)
 
 
 def two_windows(teacher, student, tokens, watched, *, ahead):
