@@ -13,6 +13,7 @@ test: $(VENV)/.ready lint
 
 lint: $(VENV)/.ready
 	$(RUN) -m ruff check .
+	$(RUN) tests/house.py
 	$(RUN) -m mypy
 
 $(VENV)/.ready: requirements-lock.txt

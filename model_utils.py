@@ -194,9 +194,9 @@ def check_pair(student: LlambaConfig, teacher: Any, name: str) -> None:
         "n_layer/num_hidden_layers": (student.n_layer, teacher.num_hidden_layers),
         "mlp_cfg.intermediate_size": (student.mlp_cfg["intermediate_size"], teacher.intermediate_size),
     }
-    for field, (ours, theirs) in sizes.items():
-        if ours != theirs:
-            raise UserError(f"--student_model {name}: {field} is {ours}, but the teacher's is {theirs}")
+    for field, (own, wanted) in sizes.items():
+        if own != wanted:
+            raise UserError(f"--student_model {name}: {field} is {own}, but the teacher's is {wanted}")
 
 
 def check_layers(layers: Sequence[int | str], n_layer: int) -> list[int]:

@@ -104,7 +104,7 @@ def run_stage(stage: Stage, progress: Progress, services: Services) -> bool:
             sums = accumulate(stage, window, coming.stop_within)
             if sums is None:  # a signal in mid-window: its partial gradients are dropped
                 break
-            stage.finish_gradients()
+            stage.average_gradients()
             services.diagnose(progress, stage, window[0])
             norm, bad = clip_and_step(stage.optimizer, parameters, stage.grad_clip, scaler=stage.scaler)
             rate = stage.schedule.get_last_lr()[0]

@@ -158,17 +158,17 @@ def ours(
     stage = stages.build_stage(args, name, models, loader, phases_of(args, steps), ranks, layout)
     if args.update_in_backward and not isinstance(stage.optimizer, UpdateInBackward):
         stage.optimizer = UpdateInBackward(stage.optimizer, stage.grad_clip)  # type: ignore[assignment]
-    mark, synchronise, finish = clock.mark, stage.synchronise, stage.finish_gradients
+    mark, synchronise, average = clock.mark, stage.synchronise, stage.average_gradients
 
     def begin_micro_step(last: bool) -> None:
         mark("backward" if clock.marks[-1][0] == "loss" else "data")
         synchronise(last)
 
     def end_window() -> None:
-        finish()
+        average()
         mark("backward")
 
-    stage.synchronise, stage.finish_gradients = begin_micro_step, end_window
+    stage.synchronise, stage.average_gradients = begin_micro_step, end_window
     models.student.backbone.register_forward_pre_hook(lambda *_: mark("teacher"))
     models.student.backbone.register_forward_hook(lambda *_: mark("student"))
     stage.trainable.register_forward_hook(lambda *_: mark("loss"))
@@ -209,7 +209,7 @@ def plain(args: Arguments, models: build.Models, loader: Any, steps: int, clock:
         device=models.device,
     )
     stage.synchronise = lambda last: clock.mark("backward" if clock.marks[-1][0] == "loss" else "data")
-    stage.finish_gradients = lambda: clock.mark("backward")
+    stage.average_gradients = lambda: clock.mark("backward")
     return stage
 
 

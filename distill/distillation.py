@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from distill.forms import DeviceBatch, Sums
-from distill.losses import KDTerms, chunked_kd_loss, layer_distances
+from distill.losses import KDTerms, chunked_kd_loss, mean_layer_distance
 from distill.teacher import Teacher
 
 
@@ -49,11 +49,10 @@ class DistillationStep(nn.Module):
         """Loss terms of one batch (see `losses.chunked_kd_loss`); inputs, labels int64 [b, t].
 
         teacher_hidden: `model_utils.teacher_hidden`'s. With a `layer_weight` those of every layer, in training: the
-        loss then has layer_weight * `losses.layer_distances` besides. The last layer is the distillation term's.
+        loss then has layer_weight * `losses.mean_layer_distance` besides. The last layer is the distillation term's.
         """
         matches = self.layer_weight > 0 and torch.is_grad_enabled()
-        theirs: Any = teacher_hidden
-        if matches and (theirs is None or theirs.ndim != 4):
+        if matches and (teacher_hidden is None or teacher_hidden.ndim != 4):
             raise ValueError("a layer_weight needs the teacher's hidden states of every layer (every_layer=True)")
         with torch.autocast(inputs.device.type, self.autocast, enabled=self.autocast is not None):
             states = self.student.backbone(inputs, position_ids=position_ids, output_hidden_states=matches)
@@ -63,7 +62,7 @@ class DistillationStep(nn.Module):
         terms = chunked_kd_loss(
             states.last_hidden_state,
             head,
-            theirs[-1] if matches else theirs,
+            teacher_hidden[-1] if matches and teacher_hidden is not None else teacher_hidden,
             self.teacher_head[0],
             labels,
             valid,
@@ -71,9 +70,9 @@ class DistillationStep(nn.Module):
             head_grad=self._head_gradient(head),
             **self.options,
         )
-        if not matches:
+        if not matches or teacher_hidden is None:
             return terms
-        layer_sum = layer_distances(states.hidden_states, theirs, valid, self.options["compile"])
+        layer_sum = mean_layer_distance(states.hidden_states, teacher_hidden, valid, self.options["compile"])
         loss = terms.loss + self.layer_weight * grad_scale * layer_sum
         return terms._replace(loss=loss, layer_sum=layer_sum.detach())
 

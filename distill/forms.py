@@ -74,7 +74,7 @@ class Stage:
     stretches: list[list[int]] = field(default_factory=list)  # of its schedule, where it turns out longer
     ranks: Ranks = field(default_factory=Ranks)
     synchronise: Callable[[bool], None] = lambda last: None  # gradients are averaged in the last micro step
-    finish_gradients: Callable[[], None] = lambda: None  # before clipping: average what no wrapper averages
+    average_gradients: Callable[[], None] = lambda: None  # before clipping: average what no wrapper averages
     without_gradient: dict[str, str] = field(default_factory=dict)  # see gradient_check.without_gradient
 
     @property

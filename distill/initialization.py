@@ -138,13 +138,13 @@ class LayerVisit:
     options: dict[str, Any]  # what else the attention was given: positions, rotary embedding, mask
 
 
-def attend(layer: Any, hidden: torch.Tensor, options: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def attention_half(layer: Any, hidden: torch.Tensor, options: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """A teacher layer's first half for hidden states [b, t, d]: its normalised input u and its attention's output."""
     u = layer.input_layernorm(hidden)
     return u, layer.self_attn(hidden_states=u, past_key_values=None, **options)[0]
 
 
-def finish(layer: Any, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+def mlp_half(layer: Any, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
     """Its second half: the hidden states [b, t, d] after it."""
     hidden = hidden + attended
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
@@ -154,7 +154,7 @@ def visit_layers(
     teacher: Any,
     inputs: torch.Tensor,
     positions: torch.Tensor | None = None,
-    halves: tuple[Any, Any] = (attend, finish),
+    halves: tuple[Any, Any] = (attention_half, mlp_half),
 ) -> Iterator[LayerVisit]:
     """Walk through a teacher's backbone layer by layer, without gradients; one layer's tensors at a time.
 

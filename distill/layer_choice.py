@@ -56,24 +56,25 @@ class Hybrid:
         self.teacher, self.student, model = teacher, student, teacher.model
         embedding = student.backbone.embedding.weight
         self.device, self.dtype = embedding.device, embedding.dtype
-        self.there, self.theirs = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
+        self.teacher_device = model.embed_tokens.weight.device
+        self.teacher_dtype = model.embed_tokens.weight.dtype
         self.labels, self.valid = tokens[:, 1:].to(self.device), valid.to(self.device)
         self.resets = None if positions is None else (positions == 0).to(self.device)
-        positions = None if positions is None else positions.to(self.there)
-        embedded = model.embed_tokens(tokens[:, :-1].to(self.there))
+        positions = None if positions is None else positions.to(self.teacher_device)
+        embedded = model.embed_tokens(tokens[:, :-1].to(self.teacher_device))
         everywhere = range(len(model.layers))
         self.shared = AttentionInputs(model.config, model.rotary_emb, embedded, positions, layers=everywhere)
         self.head = teacher.get_output_embeddings().weight.to(self.device)
         self.replaced = set(everywhere)
         self.before = [embedded]  # before[i]: what layer i is given, [b, t, d]
         self._run_on()
-        self.target = model.norm(self.before[-1].to(self.there, self.theirs)).to(self.device)
+        self.target = model.norm(self.before[-1].to(self.teacher_device, self.teacher_dtype)).to(self.device)
 
     def _layer(self, index: int, hidden: Tensor, replaced: bool) -> Tensor:
         """Hidden states [b, t, d] through one layer of either kind, on that model's device and in its dtype."""
         if replaced:
             layer = self.teacher.model.layers[index]
-            hidden = hidden.to(self.there, self.theirs)
+            hidden = hidden.to(self.teacher_device, self.teacher_dtype)
             return layer(hidden, past_key_values=None, use_cache=False, **self.shared.for_layer(index))
         return self.student.backbone.layers[index](hidden.to(self.device, self.dtype), self.resets)
 

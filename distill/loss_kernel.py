@@ -118,7 +118,7 @@ def _row_kernel(
         tl.store(student + start + lane, gradient.to(student.dtype.element_ty), inside)
 
 
-def scaled_terms(
+def fused_scaled_terms(
     student: Tensor, teacher: Tensor, labels: Tensor, valid: Tensor, scale: Tensor, temperature: float,
     kl_weight: float, ce_weight: float,
 ) -> Tensor:  # fmt: skip

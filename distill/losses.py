@@ -115,7 +115,7 @@ def _row_function(kernel: bool, compile: bool) -> Any:
         return maybe_compiled(scaled_terms, compile)
     from distill import loss_kernel
 
-    return loss_kernel.scaled_terms
+    return loss_kernel.fused_scaled_terms
 
 
 def _need_teacher(kl_weight: float, teacher: Tensor | None) -> None:
@@ -179,12 +179,12 @@ def chunked_kd_loss(
     if teacher_head is not None and teacher_head.shape[0] != student_head.shape[0]:
         raise ValueError(f"student head has {student_head.shape[0]} rows, the teacher's {teacher_head.shape[0]}")
     hidden = student_hidden.flatten(0, -2)
-    theirs = None if teacher_hidden is None else teacher_hidden.detach().flatten(0, -2)
+    teacher_rows = None if teacher_hidden is None else teacher_hidden.detach().flatten(0, -2)
     most = CHUNK_LOGITS_COMPILED if compile else CHUNK_LOGITS_EAGER
     fits = most // student_head.shape[0]
     chunk = chunk_size or max(1, min(hidden.shape[0], fits - fits % 256 if fits >= 256 else fits))
     options = (temperature, kl_weight, ce_weight)
-    data = (theirs, teacher_head, labels.flatten(), valid.flatten())
+    data = (teacher_rows, teacher_head, labels.flatten(), valid.flatten())
     if not torch.is_grad_enabled() or not (hidden.requires_grad or student_head.requires_grad):
         sums = _evaluate(hidden, student_head.to(hidden.dtype), *data, options, chunk, compile)
         return KDTerms(sums[0] * grad_scale, *sums)
@@ -195,7 +195,7 @@ def chunked_kd_loss(
 def _evaluate(
     hidden: Tensor,
     head: Tensor,
-    theirs: Tensor | None,
+    teacher_rows: Tensor | None,
     teacher_head: Tensor | None,
     labels: Tensor,
     valid: Tensor,
@@ -208,7 +208,7 @@ def _evaluate(
     sums = torch.zeros(5, dtype=wide, device=hidden.device)
     for rows in slices(hidden.shape[0], part_rows(chunk, compile)):
         logits = hidden[rows] @ head.T
-        target = None if theirs is None or teacher_head is None else theirs[rows] @ teacher_head.T
+        target = None if teacher_rows is None or teacher_head is None else teacher_rows[rows] @ teacher_head.T
         sums += function(logits, target, labels[rows], valid[rows], *options)
     return sums
 
@@ -221,7 +221,7 @@ class _ChunkedKD(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         student_head: Tensor,
-        theirs: Tensor | None,
+        teacher_rows: Tensor | None,
         teacher_head: Tensor | None,
         labels: Tensor,
         valid: Tensor,
@@ -231,7 +231,7 @@ class _ChunkedKD(torch.autograd.Function):
         chunk: int,
         compile: bool,
     ) -> tuple[Tensor, Tensor]:
-        function = _row_function(compile and hidden.is_cuda and theirs is not None, compile)
+        function = _row_function(compile and hidden.is_cuda and teacher_rows is not None, compile)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         head = student_head.to(hidden.dtype)  # cast here: through autograd its gradient would be rounded to float16
         scale = torch.ones((), dtype=wide, device=hidden.device).mul_(grad_scale)  # no copy from the host to wait for
@@ -246,7 +246,9 @@ class _ChunkedKD(torch.autograd.Function):
             logits = hidden[rows] @ head.T
             for part in slices(logits.shape[0], part_rows(chunk, compile)):
                 inner = slice(rows.start + part.start, rows.start + part.stop)
-                target = None if theirs is None or teacher_head is None else theirs[inner] @ teacher_head.T
+                target = (
+                    None if teacher_rows is None or teacher_head is None else teacher_rows[inner] @ teacher_head.T
+                )
                 sums += function(logits[part], target, labels[inner], valid[inner], scale, *options)
             if hidden_grad is not None:
                 torch.mm(logits, head, out=hidden_grad[rows])
@@ -276,18 +278,21 @@ def layer_distance(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
     as the others' ("massive activations", arXiv 2402.17762), and would be all that an absolute distance sees.
     """
     wide = torch.promote_types(student.dtype, torch.float32)
-    ours, theirs = student.to(wide), teacher.to(wide)
-    distance = (ours - theirs).square().sum(-1) / theirs.square().sum(-1).clamp(min=1e-20)
+    student, teacher = student.to(wide), teacher.to(wide)
+    distance = (student - teacher).square().sum(-1) / teacher.square().sum(-1).clamp(min=1e-20)
     return torch.where(valid, distance, 0.0).sum()
 
 
-def layer_distances(ours: Sequence[Tensor], theirs: Tensor, valid: Tensor, compile: bool) -> Tensor:
+def mean_layer_distance(
+    student_states: Sequence[Tensor], teacher_states: Tensor, valid: Tensor, compile: bool
+) -> Tensor:
     """The mean of `layer_distance` over all layers but the last, a scalar.
 
-    ours: the student's `hidden_states`, L + 1 of [b, t, d]; theirs [L, b, t, d]: `teacher_hidden` of every layer.
+    student_states: its `hidden_states`, L + 1 of [b, t, d]; teacher_states [L, b, t, d]: `teacher_hidden` of every
+    layer.
     """
     distance = maybe_compiled(layer_distance, compile)
-    pairs = zip(ours[1:-1], theirs[:-1], strict=True)
+    pairs = zip(student_states[1:-1], teacher_states[:-1], strict=True)
     return torch.stack([distance(mine, target, valid) for mine, target in pairs]).mean()
 
 

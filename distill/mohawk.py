@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.forms import DeviceBatch, Sums
-from distill.initialization import attend, attention_matrix, finish, visit_layers
+from distill.initialization import attention_half, attention_matrix, mlp_half, visit_layers
 from hardware.compilation import compiles_here
 from models import LlambaForCausalLM
 from models.state_space import decay_dtype, ssd_matrix
@@ -51,7 +51,7 @@ class AlignmentStep:
         self.teacher, self.student, self.autocast = teacher.model, student, autocast
         layers: Any = student.backbone.layers
         self.mixers: dict[int, Any] = {i: layer.mixer for i, layer in enumerate(layers) if hasattr(layer, "mixer")}
-        self.untried, self.halves = compile, (attend, finish)
+        self.untried, self.halves = compile, (attention_half, mlp_half)
         parts: dict[int, list[Tensor]] = {index: [] for index in self.mixers}
         for rows in tokens.split(1):
             for index, _, target in self._walk(rows, None):
@@ -98,7 +98,10 @@ class AlignmentStep:
     def _try_compiled_halves(self, batch: DeviceBatch) -> None:
         """Compile the halves of the teacher's layers, one graph for all; what does not compile here stays eager."""
         seen = batch.inputs, batch.position_ids
-        eager, self.halves = self.halves, (torch.compile(attend, dynamic=False), torch.compile(finish, dynamic=False))
+        eager, self.halves = (
+            self.halves,
+            (torch.compile(attention_half, dynamic=False), torch.compile(mlp_half, dynamic=False)),
+        )
         if not compiles_here("a teacher layer's halves", lambda: list(islice(self._walk(*seen), 2))):
             self.halves = eager
 

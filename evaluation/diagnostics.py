@@ -16,7 +16,7 @@ from model_utils import decoder_layers
 from models.modeling_llamba import AttentionInputs
 from optim.step import gradient_norm
 
-LONGEST = 1024  # tokens of the sequence that `layer_distances` looks at: its cost must not depend on --seq_length
+LONGEST = 1024  # tokens of the sequence that `layer_figures` looks at: its cost must not depend on --seq_length
 GREEDY: dict[str, Any] = {
     "max_new_tokens": 48,
     "do_sample": False,
@@ -48,7 +48,7 @@ def gradient_norms(student: Any, scale: float = 1.0) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def layer_distances(student: Any, teacher: Any, inputs: Tensor, positions: Tensor | None) -> dict[str, Tensor]:
+def layer_figures(student: Any, teacher: Any, inputs: Tensor, positions: Tensor | None) -> dict[str, Tensor]:
     """How far the student is from its teacher (None: no distance) after each layer, how long its mixers remember.
 
     `layers/hidden_distance_<i>`: norm of the difference of both models' hidden states after layer i, over the norm
@@ -60,24 +60,24 @@ def layer_distances(student: Any, teacher: Any, inputs: Tensor, positions: Tenso
     device = backbone.embedding.weight.device
     inputs = inputs[:1, :LONGEST]
     positions = None if positions is None else positions[:1, :LONGEST]
-    ours = backbone.embedding(inputs.to(device))
+    hidden = backbone.embedding(inputs.to(device))
     resets = None if positions is None else positions.to(device) == 0
     replaced = student.config.attention_layers
     own = None
     if replaced:
         here = None if positions is None else positions.to(device)
-        own = AttentionInputs(backbone.attention_config, backbone.rotary_emb, ours, here, layers=replaced)
+        own = AttentionInputs(backbone.attention_config, backbone.rotary_emb, hidden, here, layers=replaced)
     targets = itertools.repeat(None) if teacher is None else _teacher_states(teacher.model, inputs, positions)
     figures: dict[str, Tensor] = {}
     with eagerly():
-        for index, (layer, theirs) in enumerate(zip(backbone.layers, targets)):
+        for index, (layer, teacher_hidden) in enumerate(zip(backbone.layers, targets)):
             if own is not None and index in replaced:
-                ours = layer(ours, past_key_values=None, use_cache=False, **own.for_layer(index))
+                hidden = layer(hidden, past_key_values=None, use_cache=False, **own.for_layer(index))
             else:
-                figures[f"layers/mean_decay_{index}"] = layer.mixer.decays(layer.input_layernorm(ours)).mean()
-                ours = layer(ours, resets)
-            if theirs is not None:
-                wide, target = ours.float(), theirs.to(device).float()
+                figures[f"layers/mean_decay_{index}"] = layer.mixer.decays(layer.input_layernorm(hidden)).mean()
+                hidden = layer(hidden, resets)
+            if teacher_hidden is not None:
+                wide, target = hidden.float(), teacher_hidden.to(device).float()
                 figures[f"layers/hidden_distance_{index}"] = (wide - target).norm() / target.norm()
     return figures
 

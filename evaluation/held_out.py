@@ -34,11 +34,11 @@ def held_out_sums(step: Any, hidden_states: Any, teacher_head: Any, batch: Any, 
     from trainer import to_device
 
     here = to_device(batch, device, {}, non_blocking=False)
-    theirs = hidden_states.hidden_states(here)
+    teacher_hidden = hidden_states.hidden_states(here)
     one = torch.ones((), device=device)
-    terms = step(here.inputs, here.labels, here.valid, here.position_ids, theirs, one)
+    terms = step(here.inputs, here.labels, here.valid, here.position_ids, teacher_hidden, one)
     options: dict[str, Any] = dict(kl_weight=0.0, ce_weight=1.0)
-    own = chunked_kd_loss(theirs, teacher_head, None, None, here.labels, here.valid, **options)
+    own = chunked_kd_loss(teacher_hidden, teacher_head, None, None, here.labels, here.valid, **options)
     row = (terms.kl_sum, terms.agree_sum, terms.ce_sum, own.ce_sum, terms.tokens)
     return torch.stack([value.double() for value in row]).cpu()
 
@@ -66,14 +66,14 @@ def figures_of(
                 return {}
             if sums[4] >= tokens:
                 break
-    kl, agree, ours_ce, theirs_ce, count = sums.tolist()
+    kl, agree, student_ce, teacher_ce, count = sums.tolist()
     if not count:
         raise UserError("the held-out data holds no whole sequence: use more text or a smaller --seq_length")
     return {
         "kl": kl / count,
         "top1_agreement": agree / count,
-        "student_perplexity": math.exp(min(ours_ce / count, 700.0)),
-        "teacher_perplexity": math.exp(min(theirs_ce / count, 700.0)),
-        "perplexity_ratio": math.exp(min((ours_ce - theirs_ce) / count, 700.0)),
+        "student_perplexity": math.exp(min(student_ce / count, 700.0)),
+        "teacher_perplexity": math.exp(min(teacher_ce / count, 700.0)),
+        "perplexity_ratio": math.exp(min((student_ce - teacher_ce) / count, 700.0)),
         "tokens": count,
     }

@@ -17,8 +17,8 @@ def check_device(name: str) -> torch.device:
         return device
     count = torch.cuda.device_count()
     if (device.index or 0) >= count:
-        there = f"cuda:0 to cuda:{count - 1}" if count else "none; use --device cpu"
-        raise UserError(f"--device {name}: this machine has no such CUDA device (there: {there})")
+        known = f"cuda:0 to cuda:{count - 1}" if count else "none; use --device cpu"
+        raise UserError(f"--device {name}: this machine has no such CUDA device (there: {known})")
     return device
 
 

@@ -106,30 +106,30 @@ class StepModel:
         frozen = sum(p.numel() for p in self.student.parameters() if not p.requires_grad)
         total = sum(p.numel() for p in self.student.parameters())
         own: float = (total - frozen if sharable else total) * self.parameter_dtype.itemsize
-        there: float = teacher * size
+        teacher_bytes: float = teacher * size
         if self.settings.teacher_fp8:
             shared = frozen * size if sharable else 0
-            there = (teacher - matrices) * size + matrices + shared
+            teacher_bytes = (teacher - matrices) * size + matrices + shared
         copies = total * size if self.dtype == torch.float16 else 0  # autocast keeps its casts until the step's end
         wide = self.parameter_dtype.itemsize == 4
         state = 0.0
         for parameter in self._trainable():
             matrix = parameter.ndim > 1
             state += parameter.numel() * STATE_BYTES[self.settings.optimizer if matrix else "adamw"][wide]
-        there = there if self.same_device else 0.0
+        teacher_bytes = teacher_bytes if self.same_device else 0.0
         whole = total * self.parameter_dtype.itemsize  # nothing is shared or let go of yet
-        self.loading = {"teacher weights": there, "student weights": float(whole)}
+        self.loading = {"teacher weights": teacher_bytes, "student weights": float(whole)}
         if self.shards > 1:  # embeddings and heads are whole throughout a step; so are two of a teacher's layers
             ends, layers = (teacher - matrices) * size, self.student.config.n_layer
-            if there and not self.settings.teacher_fp8:  # whose codes are buffers, and not sharded
-                there = ends + (there - ends) * (1 / self.shards + 2 / layers)
+            if teacher_bytes and not self.settings.teacher_fp8:  # whose codes are buffers, and not sharded
+                teacher_bytes = ends + (teacher_bytes - ends) * (1 / self.shards + 2 / layers)
             table: Any = self.student.backbone.embedding.weight
             distinct = {p: p.numel() for p in (table, self.student.lm_head.weight)}
             own = (total / self.shards + sum(distinct.values())) * self.parameter_dtype.itemsize
             state /= self.shards
-            self.loading = {"teacher weights": there, "student weights": whole / self.shards}
-        there = there if self.teacher_need == "throughout" else 0.0
-        return {"teacher weights": there, "student weights": own + copies, "optimizer state": state}
+            self.loading = {"teacher weights": teacher_bytes, "student weights": whole / self.shards}
+        teacher_bytes = teacher_bytes if self.teacher_need == "throughout" else 0.0
+        return {"teacher weights": teacher_bytes, "student weights": own + copies, "optimizer state": state}
 
     def _trainable(self) -> list[nn.Parameter]:
         return [p for p in self.student.parameters() if p.requires_grad]

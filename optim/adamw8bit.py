@@ -48,7 +48,7 @@ class AdamW8bit(MasterAdamW):
         if self.kernel:
             from optim import optimizer_kernel
 
-            optimizer_kernel.update_blocks(weight, grad.contiguous(), low, m, v, v_scale, scalars, index, found)
+            optimizer_kernel.fused_update_blocks(weight, grad.contiguous(), low, m, v, v_scale, scalars, index, found)
             return
         weight, grad, low = weight.view(m.shape), grad.reshape(m.shape), low.view(m.shape)
         size = max(1, EAGER_SLICE // m.shape[1])  # so that the float32 temporaries stay small

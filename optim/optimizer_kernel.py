@@ -1,6 +1,6 @@
 """One AdamW update of blocks with 8-bit moments as a Triton kernel: everything is read and written once.
 
-`optimizer.update_blocks` is its definition, up to the last bits of quotients and roots. A compiled function takes the
+`moments.update_blocks` is its definition, up to the last bits of quotients and roots. A compiled function takes the
 host longer to call than most matrices take the device, so that the device would wait; a kernel does not.
 """
 
@@ -72,7 +72,7 @@ def _update_kernel(
     tl.store(v_scale + row, scale, live)
 
 
-def update_blocks(
+def fused_update_blocks(
     weight: Tensor,
     grad: Tensor,
     low: Tensor,
@@ -83,7 +83,7 @@ def update_blocks(
     index: int,
     found: Tensor,
 ) -> None:
-    """As `optimizer.update_blocks` on contiguous tensors of one CUDA device, with row `index` of scalars [k, 5].
+    """As `moments.update_blocks` on contiguous tensors of one CUDA device, with row `index` of scalars [k, 5].
 
     m and v [n, w] give the blocks; weight, grad and low have as many entries.
     """

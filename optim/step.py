@@ -18,8 +18,8 @@ def clip_and_step(
     so that gradients are read once more but never rewritten. Optimizers without these controls, and a GradScaler,
     cost one synchronisation.
     """
-    if hasattr(optimizer, "finish_step"):  # it has updated during the backward pass
-        return optimizer.finish_step()
+    if hasattr(optimizer, "end_step"):  # it has updated during the backward pass
+        return optimizer.end_step()
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = gradient_norm(gradients)
     loss_scale = torch.ones_like(norm) if scaler is None else scaler.scale(torch.ones_like(norm))

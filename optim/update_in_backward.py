@@ -16,7 +16,7 @@ class UpdateInBackward:
 
     The backward pass starts at the last layers, so a spike is mostly seen by the second term. Once a gradient of a
     step is not finite, no later parameter of that step is updated. Needs one micro step an optimizer step.
-    A head whose gradient is accumulated outside autograd (`losses.chunked_kd_loss`) is updated by `finish_step`.
+    A head whose gradient is accumulated outside autograd (`losses.chunked_kd_loss`) is updated by `end_step`.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, grad_clip: float):
@@ -56,7 +56,7 @@ class UpdateInBackward:
             inner.grad_scale = inner.found_inf = None
         parameter.grad = None
 
-    def finish_step(self) -> tuple[Tensor, Tensor]:
+    def end_step(self) -> tuple[Tensor, Tensor]:
         """Update what autograd has not seen, and begin the next step; returns (norm, 1.0 if anything was skipped)."""
         for parameter in self.groups:
             self._update(parameter)

@@ -185,10 +185,10 @@ def check_devices(args: Any, ranks: Any) -> tuple[torch.device, torch.device]:
         torch.cuda.set_device(own)  # Triton's kernels and CUDA graphs are launched on the current device
     if args.teacher_device is None:
         return own, own
-    theirs = check_device(args.teacher_device)
+    teacher_device = check_device(args.teacher_device)
     if ranks.alone:
-        return own, theirs
-    if theirs.type == "cuda" and (theirs.index or 0) < ranks.local_world_size:
+        return own, teacher_device
+    if teacher_device.type == "cuda" and (teacher_device.index or 0) < ranks.local_world_size:
         raise UserError(
             f"--teacher_device {args.teacher_device} is a student's device under torchrun; name one from "
             f"cuda:{ranks.local_world_size} on, or leave it out for a teacher on every rank"

@@ -20,7 +20,7 @@ from checkpoints.run_state import rng_state
 from checkpoints.store import CheckpointStore
 from distill.forms import DeviceBatch, Progress, Stage
 from distill.meter import TooManyBadSteps
-from evaluation.diagnostics import PROMPTS, as_numbers, continuations, gradient_norms, layer_distances
+from evaluation.diagnostics import PROMPTS, as_numbers, continuations, gradient_norms, layer_figures
 from evaluation.held_out import figures_of, held_out_sums
 from hardware.memory import MemoryEstimate, estimate_memory, oom_advice
 from hardware.parallel import is_sharded, reshard, whole_optimizer_state, whole_weights
@@ -213,7 +213,7 @@ class Session:
         student, teacher = self.models.student, self.models.teacher
         figures = gradient_norms(student, stage.scaler.get_scale() if stage.scaler is not None else 1.0)
         if self.ranks.is_first and not is_sharded(student):
-            found = layer_distances(student, teacher, batch.inputs, batch.position_ids)
+            found = layer_figures(student, teacher, batch.inputs, batch.position_ids)
             aligning = stage.name in ("matrix", "hidden")  # which have decays of their own, on the teacher's inputs
             figures |= {name: value for name, value in found.items() if not (aligning and "decay" in name)}
         self.tracker.log({"train/tokens": progress.tokens, **as_numbers(figures)}, step=step)

@@ -18,7 +18,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from arguments import Arguments
-from distill.initialization import attend, calibrate_mixer, finish, start_mixer, student_config, visit_layers
+from distill.initialization import (
+    attention_half,
+    calibrate_mixer,
+    mlp_half,
+    start_mixer,
+    student_config,
+    visit_layers,
+)
 from hardware.devices import default_dtype
 from hardware.parallel import copy_rows
 from hardware.sharded_weights import WeightFiles, copy_shard, materialise, read_weights, return_free_memory
@@ -56,9 +63,9 @@ class Sources:
 
 def find_sources(teacher: str, student: str, commits: Mapping[str, str]) -> Sources:
     """Folders, or the Hub's cache of commits that are there already."""
-    theirs = weights_folder(teacher, commits.get("teacher_model"))
-    own = student if student == FROM_TEACHER else weights_folder(student, commits.get("student_model"))
-    return Sources(teacher, student, theirs, own, commits)
+    teacher_folder = weights_folder(teacher, commits.get("teacher_model"))
+    student_folder = student if student == FROM_TEACHER else weights_folder(student, commits.get("student_model"))
+    return Sources(teacher, student, teacher_folder, student_folder, commits)
 
 
 def student_sizes(sources: Sources) -> LlambaConfig:
@@ -190,10 +197,10 @@ def start_mixers(student: Any, teacher: Any, tokens: torch.Tensor) -> None:
 
     def gathered(layer: Any, *given: Any) -> Any:
         layer.unshard()
-        return attend(layer, *given)
+        return attention_half(layer, *given)
 
     def finished(layer: Any, *given: Any) -> Any:
-        hidden = finish(layer, *given)
+        hidden = mlp_half(layer, *given)
         layer.reshard()
         return hidden
 

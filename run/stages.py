@@ -93,9 +93,9 @@ def synchronise(stage: Stage, models: Models, way: str) -> None:
         stage.synchronise = lambda last: parallel.widen_gradients(stage.parameters())
     elif way == "ddp":
         stage.synchronise = lambda last: setattr(models.step, "require_backward_grad_sync", last)
-        stage.finish_gradients = lambda: parallel.average_gradients([models.student.lm_head.weight])
+        stage.average_gradients = lambda: parallel.average_gradients([models.student.lm_head.weight])
     else:
-        stage.finish_gradients = lambda: parallel.average_gradients(stage.parameters())
+        stage.average_gradients = lambda: parallel.average_gradients(stage.parameters())
 
 
 def alignment(args: Arguments, name: str, models: Models) -> tuple[Any, nn.Module]:

@@ -317,11 +317,11 @@ class PackedTextDataset(IterableDataset):
                 if draft.length == size:
                     share = None if piece.share is None or not self.epochs else round(piece.share / self.epochs, 9)
                     after = piece.cursor._replace(token=at)
-                    yield draft.finish(size, after, dict(counters), self.encoder.separator, share)
+                    yield draft.as_sequence(size, after, dict(counters), self.encoder.separator, share)
                     draft = Draft()
             cursor = piece.cursor._replace(token=len(piece.ids))
         if draft.length:
-            yield draft.finish(size, cursor, dict(counters), self.encoder.separator, 1.0)
+            yield draft.as_sequence(size, cursor, dict(counters), self.encoder.separator, 1.0)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain python, a few hundred bytes whatever the source, the buffer or the position."""
@@ -380,7 +380,7 @@ class Draft:
         self.length += len(ids)
         self.at_start = ended
 
-    def finish(
+    def as_sequence(
         self, size: int, cursor: Cursor, counters: dict[str, int], filler: np.ndarray, share: float | None
     ) -> Sequence:
         """The sequence, filled up to `size` tokens."""

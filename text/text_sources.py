@@ -168,8 +168,8 @@ def local_files(path: Path, subset: str, split: str, flag: str = "--dataset") ->
     if configured:
         return [_local_file(file, path) for file in configured]
     if subset:
-        there = ", ".join(local_subsets(path)) or "none"
-        raise UserError(f"{flag}_subset {subset}: {path} has none such in split {split}; there: {there} ('': all)")
+        found = ", ".join(local_subsets(path)) or "none"
+        raise UserError(f"{flag}_subset {subset}: {path} has none such in split {split}; there: {found} ('': all)")
     return _of_split(_data_paths(path), path, split, flag)
 
 

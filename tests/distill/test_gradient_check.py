@@ -193,11 +193,11 @@ def test_an_update_in_the_backward_pass_counts_what_it_has_seen():
     stage = stage_of(module, optimizer)
     optimizer.zero_grad()
     module["layers"][1](module["layers"][0](torch.ones(3))).sum().backward()
-    GradientCheck(stage).push(ONE, optimizer.finish_step()[1], 1e-3)
+    GradientCheck(stage).push(ONE, optimizer.end_step()[1], 1e-3)
     optimizer.zero_grad()
     module["layers"][0](torch.ones(3)).sum().backward()
     with pytest.raises(UntrainedTensors, match=r"weight \(1 of 2\), bias \(1 of 2\)"):
-        GradientCheck(stage).push(ONE, optimizer.finish_step()[1], 1e-3)
+        GradientCheck(stage).push(ONE, optimizer.end_step()[1], 1e-3)
     optimizer.zero_grad()
     stage.close()
     module["layers"][0](torch.ones(3)).sum().backward()

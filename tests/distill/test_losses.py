@@ -241,7 +241,7 @@ def test_the_kernel_on_a_gpu(V, options):
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [(1.0, 1.0, 0.0), (1.0, 0.5, 0.5), (3.0, 1.0, 0.2)])
 def test_the_kernel_is_its_definition(options):
-    from distill.loss_kernel import scaled_terms as kernel
+    from distill.loss_kernel import fused_scaled_terms as kernel
 
     student, teacher = (3 * torch.randn(50, 5003, device="cuda") for _ in range(2))
     labels, valid = torch.randint(0, 5003, (50,), device="cuda"), torch.rand(50, device="cuda") < 0.8

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train
 from conftest import tiny_llama_config
 from distill.forms import DeviceBatch
-from distill.initialization import attend, attention_matrix, finish, visit_layers
+from distill.initialization import attention_half, attention_matrix, mlp_half, visit_layers
 from distill.mohawk import AlignmentStep, hidden_loss, matrix_loss, trained_mixers
 from helpers import runs
 from helpers.teachers import TEACHERS, make_student, make_teacher
@@ -187,7 +187,7 @@ def test_compiled_is_eager_and_its_trial_leaves_no_gradient(kind, monkeypatch):
         sums = step(batch_of(tokens), scale)
         results.append((sums["loss"], [p.grad for p in trained_mixers(student).parameters() if p.grad is not None]))
         assert (step.loss is not {"matrix": matrix_loss, "hidden": hidden_loss}[kind]) == compile
-        assert (step.halves != (attend, finish)) == compile
+        assert (step.halves != (attention_half, mlp_half)) == compile
     (loss, gradients), (compiled_loss, compiled_gradients) = results
     assert len(hooks) == 2
     assert torch.allclose(loss, compiled_loss, rtol=1e-9)

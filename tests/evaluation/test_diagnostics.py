@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 import train
 from conftest import tiny_llama_config
 from distill.initialization import student_from_teacher
-from evaluation.diagnostics import GREEDY, as_numbers, continuations, gradient_norms, layer_distances
+from evaluation.diagnostics import GREEDY, as_numbers, continuations, gradient_norms, layer_figures
 from helpers import runs
 from model_utils import (
     apply_replacements,
@@ -56,14 +56,14 @@ def test_distances_and_decays_are_those_of_the_whole_models(layers, packed):
         if index not in layers:
             decays = layer.mixer.decays(layer.input_layernorm(before[index]))
             expected[f"layers/mean_decay_{index}"] = decays.mean().item()
-    figures = layer_distances(student, teacher, tokens, positions)
+    figures = layer_figures(student, teacher, tokens, positions)
     assert as_numbers(figures) == pytest.approx(expected, rel=1e-4)
     assert not any(value.requires_grad for value in figures.values())
 
 
 def test_an_exact_copy_has_no_distance():
     teacher, student = pair([0, 1, 2, 3])
-    figures = as_numbers(layer_distances(student, teacher, torch.randint(0, 512, (1, 20)), None))
+    figures = as_numbers(layer_figures(student, teacher, torch.randint(0, 512, (1, 20)), None))
     assert list(figures) == [f"layers/hidden_distance_{i}" for i in range(4)]
     assert all(value == pytest.approx(0, abs=1e-5) for value in figures.values())
 

@@ -407,7 +407,7 @@ def updated(student: nn.Module, steps: int, clip: float, *, in_backward: bool):
         loss.backward()
         if wrapped is not None:
             assert all(p.grad is None for p in parameters)
-            norm, bad = wrapped.finish_step()
+            norm, bad = wrapped.end_step()
         else:
             norm, bad = clip_and_step(optimizer, parameters, clip)
             optimizer.zero_grad(set_to_none=True)
@@ -455,22 +455,22 @@ def test_the_clipping_rule():
     recorder = Recorder(module.parameters())
     wrapped = UpdateInBackward(recorder, grad_clip=1.0)
     backward(module, 3.0, 4.0)
-    norm, bad = wrapped.finish_step()
+    norm, bad = wrapped.end_step()
     assert norm.item() == pytest.approx(5.0) and bad.item() == 0
     assert sorted(scale for scale, _ in recorder.seen) == pytest.approx([recorder.seen[0][0], 5.0])
     assert recorder.seen[0][0] in (pytest.approx(3.0), pytest.approx(4.0))  # the norm so far
     recorder.seen.clear()
     backward(module, 0.3, 0.4)
-    wrapped.finish_step()
+    wrapped.end_step()
     assert [scale for scale, _ in recorder.seen] == pytest.approx([5.0, 5.0])  # the step before was larger
     recorder.seen.clear()
     backward(module, 0.3, 0.4)
-    wrapped.finish_step()
+    wrapped.end_step()
     assert [scale for scale, _ in recorder.seen] == [1.0, 1.0]
     recorder.seen.clear()
     module.first.grad = None
     backward(module, float("nan"), float("nan"))
-    norm, bad = wrapped.finish_step()
+    norm, bad = wrapped.end_step()
     assert bad.item() == 1 and all(found == 1 for _, found in recorder.seen)
     assert wrapped.previous.item() == pytest.approx(0.5)  # a bad norm clips nothing later
 
@@ -479,7 +479,7 @@ def test_the_norm_of_the_step_before_is_saved():
     module = TwoWeights()
     wrapped = UpdateInBackward(build_optimizer("adamw", module, lr=1e-2, weight_decay=0.0), grad_clip=1.0)
     backward(module, 3.0, 4.0)
-    wrapped.finish_step()
+    wrapped.end_step()
     other = TwoWeights()
     other.load_state_dict(module.state_dict())
     again = UpdateInBackward(build_optimizer("adamw", other, lr=1e-2, weight_decay=0.0), grad_clip=1.0)
@@ -487,7 +487,7 @@ def test_the_norm_of_the_step_before_is_saved():
     assert again.previous.item() == pytest.approx(5.0)
     for one, two in ((module, wrapped), (other, again)):
         backward(one, 1.0, 2.0)
-        two.finish_step()
+        two.end_step()
     assert torch.equal(module.first, other.first) and torch.equal(module.last, other.last)
 
 

@@ -17,7 +17,7 @@ PLACES = {  # name of a place: the function that fails there
     "training text": "data:TextLoader._collate",
     "held-out text": "run.text:RunText.held_out_loader",
     "evaluation": "run.session:held_out_sums",
-    "layer figures": "run.session:layer_distances",
+    "layer figures": "run.session:layer_figures",
     "gradient norms": "run.session:gradient_norms",
     "samples": "run.session:continuations",
     "saving": "run.session:frozen_names",

@@ -13,14 +13,14 @@ plain = stages.build_stage
 
 def build_stage(args, name, models, *others):
     stage = plain(args, name, models, *others)
-    finish = stage.finish_gradients
+    average = stage.average_gradients
 
     def lose():
-        finish()
+        average()
         models.student.backbone.final_layernorm.weight.grad = None
 
     if name == "stage1":
-        stage.finish_gradients = lose
+        stage.average_gradients = lose
     return stage
 
 

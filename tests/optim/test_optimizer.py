@@ -276,7 +276,7 @@ def test_the_kernel_is_its_definition(dtype, shape):
         before = [tensor.clone() for tensor in given]
         grad = torch.randn(shape, device="cuda")
         update_blocks(wanted[0], grad, *wanted[1:], scalars[1], found)
-        optimizer_kernel.update_blocks(given[0], grad, *given[1:], scalars, 1, found)
+        optimizer_kernel.fused_update_blocks(given[0], grad, *given[1:], scalars, 1, found)
         assert all(torch.equal(a, b) for a, b in zip(before, given)) == bool(found)
     weights = [join_master(x[0], x[1]) if dtype == torch.bfloat16 else x[0] for x in (wanted, given)]
     assert (weights[0] - weights[1]).abs().max() < 1e-8

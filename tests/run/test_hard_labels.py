@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 import train
 from arguments import parse_arguments
-from evaluation.diagnostics import layer_distances
+from evaluation.diagnostics import layer_figures
 from hardware.memory import estimate_memory
 from helpers import runs
 from models import LlambaForCausalLM
@@ -128,5 +128,5 @@ def test_the_need_follows_the_flags():
 
 def test_diagnostics_without_a_teacher(distilled):
     student = LlambaForCausalLM.load(str(distilled), dtype=torch.float32)
-    figures = layer_distances(student, None, torch.randint(0, 512, (2, 16)), None)
+    figures = layer_figures(student, None, torch.randint(0, 512, (2, 16)), None)
     assert figures.keys() == {f"layers/mean_decay_{index}" for index in (0, 2, 3)}

@@ -8,9 +8,9 @@ import pytest
 import train
 from arguments import RESULT_FLAGS, parse_arguments
 from checkpoints.origins import flags_as_made
-from checkpoints.run_state import changed_flags
 from helpers import runs
 from model_utils import get_tokenizer
+from run.resume import changed_flags
 from run.text import RunText
 from text.text_sources import SourceSpec, find_files
 from utils import UserError
@@ -69,7 +69,7 @@ def test_a_run_begun_when_a_wrong_subset_meant_all_is_resumed_with_none(folder, 
     """The same command where it was the default; else with '', as the refusal of the wrong one says."""
     now = vars(parse_arguments(["--dataset_name", str(folder)]))
     metadata = {"flags": {**now, "dataset_subset": DEFAULT}, **({"text_version": version} if version else {})}
-    changed = changed_flags(flags_as_made(metadata), now)
+    changed = list(map(str, changed_flags(flags_as_made(metadata), now)))
     assert changed == ([] if version is None else [f"--dataset_subset was {DEFAULT} and is ''"])
     assert "dataset_subset" in RESULT_FLAGS
 
