@@ -1,0 +1,19 @@
+"""What the server of `warm` imports, so that none of its forks does; nothing here may start a thread."""
+
+import gc
+
+import matplotlib.pyplot  # noqa: F401
+import pyarrow.parquet  # noqa: F401
+import pytorch_optimizer  # noqa: F401
+import torch.distributed.fsdp  # noqa: F401
+import transformers.models.auto.modeling_auto
+import transformers.models.auto.tokenization_auto
+import transformers.models.llama.modeling_llama  # noqa: F401
+
+import plot_metrics  # noqa: F401
+import run.session
+import run.stages  # noqa: F401
+import train  # noqa: F401
+
+gc.collect()
+gc.freeze()  # no fork walks through, and so copies, what is imported here
