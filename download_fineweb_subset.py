@@ -12,7 +12,6 @@ import gzip
 import hashlib
 import io
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from arguments import Parser, real, whole
-from utils import UserError, check_folder_writable
+from utils import UserError, check_folder_writable, write_whole
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -69,21 +68,6 @@ class Manifest:
 
     def write(self) -> None:
         write_whole(self.path, (json.dumps(self.content, indent=1) + "\n").encode())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write under a temporary name, sync, rename, and sync the folder."""
-    draft = path.with_name(f".{path.name}.tmp")
-    with draft.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-    handle = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def rows_after(args: argparse.Namespace, manifest: Manifest) -> Iterator[tuple[str | None, list[int]]]:

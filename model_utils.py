@@ -19,7 +19,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from checkpoints.folder_checks import check_folder
 from hub.hub_files import gated
 from models import LlambaConfig, LlambaForCausalLM
-from models.modeling_llamba import AttentionInputs
 from utils import FROM_TEACHER, UserError, auto_layers
 
 log = logging.getLogger(__name__)
@@ -117,35 +116,6 @@ def as_teacher(model: PreTrainedModel) -> PreTrainedModel:
     model.eval()
     model.config.use_cache = False
     return model
-
-
-def teacher_hidden(
-    teacher: PreTrainedModel,
-    input_ids: torch.Tensor,
-    position_ids: torch.Tensor | None = None,
-    every_layer: bool = False,
-) -> torch.Tensor:
-    """The teacher's hidden states after its final norm, [b, t, d], for input_ids [b, t]; no gradient.
-
-    every_layer: [L, b, t, d], what each of the L layers but the last gives, and those after the final norm.
-    Its layers one after the other, as its own model runs them, but without the question to the device whether
-    documents are packed, for which the CPU would wait in every step. position_ids [b, t] restart at each document.
-    """
-    model = teacher.model
-    with torch.no_grad():
-        hidden = model.embed_tokens(input_ids)
-        layers = range(len(model.layers))
-        shared = AttentionInputs(model.config, model.rotary_emb, hidden, position_ids, layers=layers)
-        states = hidden.new_empty(len(model.layers) if every_layer else 0, *hidden.shape)
-        for index, layer in enumerate(model.layers):
-            hidden = layer(hidden, past_key_values=None, use_cache=False, **shared.for_layer(index))
-            if every_layer:
-                states[index] = hidden
-        hidden = model.norm(hidden)
-        if not every_layer:
-            return hidden
-        states[-1] = hidden
-        return states
 
 
 def get_student_model(

@@ -203,3 +203,18 @@ def complain(message: str) -> None:
     """A user's mistake in one line on stderr; under torchrun the first rank speaks for all."""
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {mask_secrets(message)}", file=sys.stderr)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, sync it, rename it, and sync the folder: it is whole or as it was."""
+    draft = path.with_name(f".{path.name}.tmp")
+    with draft.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+    handle = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -48,7 +48,7 @@ class DistillationStep(nn.Module):
     ) -> KDTerms:
         """Loss terms of one batch (see `losses.chunked_kd_loss`); inputs, labels int64 [b, t].
 
-        teacher_hidden: `model_utils.teacher_hidden`'s. With a `layer_weight` those of every layer, in training: the
+        teacher_hidden: `teacher.teacher_hidden`'s. With a `layer_weight` those of every layer, in training: the
         loss then has layer_weight * `losses.mean_layer_distance` besides. The last layer is the distillation term's.
         """
         matches = self.layer_weight > 0 and torch.is_grad_enabled()

@@ -14,7 +14,6 @@ layers takes about L^2 / 4 forward passes.
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from distill.losses import chunked_kd_loss
 from models.modeling_llamba import AttentionInputs
-from utils import UserError
+from utils import UserError, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -154,9 +153,7 @@ def choose_layers(
     log.info("KL by number of replaced layers: %s", ", ".join(f"{n}: {kl[n]:.4g}" for n in shown))
     log.info("layer choice took %.1f s on %d tokens", seconds, choice.tokens)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(asdict(choice), indent=1) + "\n")
-    os.replace(draft, path)
+    write_whole(path, (json.dumps(asdict(choice), indent=1) + "\n").encode())
     return choice.layers
 
 

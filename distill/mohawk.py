@@ -22,13 +22,19 @@ from distill.forms import DeviceBatch, Sums
 from distill.initialization import attention_half, attention_matrix, mlp_half, visit_layers
 from hardware.compilation import compiles_here
 from models import LlambaForCausalLM
+from models.modeling_llamba import LlambaMixer
 from models.state_space import decay_dtype, ssd_matrix
 
 
 def trained_mixers(student: LlambaForCausalLM) -> nn.ModuleList:
     """The mixers, all that these stages train; replaced layers have none."""
+    return nn.ModuleList(mixers_of(student).values())
+
+
+def mixers_of(student: LlambaForCausalLM) -> dict[int, LlambaMixer]:
+    """The mixer of each layer that is not replaced, by the layer's index."""
     layers: Any = student.backbone.layers
-    return nn.ModuleList(layer.mixer for layer in layers if hasattr(layer, "mixer"))
+    return {index: layer.mixer for index, layer in enumerate(layers) if hasattr(layer, "mixer")}
 
 
 class AlignmentStep:
@@ -49,8 +55,7 @@ class AlignmentStep:
         size = {"matrix": matrix_size, "hidden": hidden_size}[kind]
         self.loss: Callable[..., tuple[Tensor, Tensor]] = {"matrix": matrix_loss, "hidden": hidden_loss}[kind]
         self.teacher, self.student, self.autocast = teacher.model, student, autocast
-        layers: Any = student.backbone.layers
-        self.mixers: dict[int, Any] = {i: layer.mixer for i, layer in enumerate(layers) if hasattr(layer, "mixer")}
+        self.mixers = mixers_of(student)
         self.untried, self.halves = compile, (attention_half, mlp_half)
         parts: dict[int, list[Tensor]] = {index: [] for index in self.mixers}
         for rows in tokens.split(1):

@@ -3,6 +3,7 @@
 Only hidden states cross between devices and ranks, never logits: the teacher's head stands where the loss is.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,50 @@ from transformers import PreTrainedModel
 
 from distill.forms import DeviceBatch
 from hardware.ranks import Ranks
-from model_utils import teacher_hidden
+from models.modeling_llamba import AttentionInputs
 
 LATER: Any = {"non_blocking": True}
+
+
+def teacher_hidden(
+    teacher: PreTrainedModel,
+    input_ids: Tensor,
+    position_ids: Tensor | None = None,
+    every_layer: bool = False,
+) -> Tensor:
+    """The teacher's hidden states after its final norm, [b, t, d], for input_ids [b, t]; no gradient.
+
+    every_layer: [L, b, t, d], what each of the L layers but the last gives, and those after the final norm.
+    Its layers one after the other, as its own model runs them, but without the question to the device whether
+    documents are packed, for which the CPU would wait in every step. position_ids [b, t] restart at each document.
+    """
+    model: Any = teacher.model
+    with torch.no_grad():
+        states = None
+        for index, hidden in enumerate(states_by_layer(teacher, input_ids, position_ids)):
+            if every_layer:
+                states = hidden.new_empty(len(model.layers), *hidden.shape) if states is None else states
+                states[index] = hidden
+        hidden = model.norm(hidden)
+        if states is None:
+            return hidden
+        states[-1] = hidden
+        return states
+
+
+def states_by_layer(
+    teacher: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None
+) -> Iterator[Tensor]:
+    """The teacher's hidden states [b, t, d] after each of its layers, which runs when they are asked for.
+
+    input_ids, position_ids [b, t] on the teacher's device; gradients are the caller's choice.
+    """
+    model: Any = teacher.model
+    hidden = model.embed_tokens(input_ids)
+    shared = AttentionInputs(model.config, model.rotary_emb, hidden, position_ids, layers=range(len(model.layers)))
+    for index, layer in enumerate(model.layers):
+        hidden = layer(hidden, past_key_values=None, use_cache=False, **shared.for_layer(index))
+        yield hidden
 
 
 class TeacherBackbone(nn.Module):
@@ -75,7 +117,7 @@ class OwnTeacher(Teacher):
 
     Its forward pass then overlaps the student's forward and backward pass. Tokens go to it straight from the host,
     and its results are copied on a stream beside the student's, so that neither waits for the student's queue.
-    With `every_layer` it gives hidden states [L, b, t, d] (`model_utils.teacher_hidden`) instead of [b, t, d].
+    With `every_layer` it gives hidden states [L, b, t, d] (`teacher_hidden`) instead of [b, t, d].
     """
 
     def __init__(

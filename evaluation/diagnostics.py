@@ -5,12 +5,13 @@ or the weights.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distill.teacher import states_by_layer
 from hardware.compilation import eagerly
 from model_utils import decoder_layers
 from models.modeling_llamba import AttentionInputs
@@ -67,7 +68,10 @@ def layer_figures(student: Any, teacher: Any, inputs: Tensor, positions: Tensor 
     if replaced:
         here = None if positions is None else positions.to(device)
         own = AttentionInputs(backbone.attention_config, backbone.rotary_emb, hidden, here, layers=replaced)
-    targets = itertools.repeat(None) if teacher is None else _teacher_states(teacher.model, inputs, positions)
+    targets: Iterable[Tensor | None] = itertools.repeat(None)
+    if teacher is not None:
+        where = None if positions is None else positions.to(teacher.device)
+        targets = states_by_layer(teacher, inputs.to(teacher.device), where)
     figures: dict[str, Tensor] = {}
     with eagerly():
         for index, (layer, teacher_hidden) in enumerate(zip(backbone.layers, targets)):
@@ -80,17 +84,6 @@ def layer_figures(student: Any, teacher: Any, inputs: Tensor, positions: Tensor 
                 wide, target = hidden.float(), teacher_hidden.to(device).float()
                 figures[f"layers/hidden_distance_{index}"] = (wide - target).norm() / target.norm()
     return figures
-
-
-def _teacher_states(model: Any, inputs: Tensor, positions: Tensor | None) -> Iterator[Tensor]:
-    """A teacher's hidden states [b, t, d] after each layer, on its device."""
-    device = model.embed_tokens.weight.device
-    hidden = model.embed_tokens(inputs.to(device))
-    positions = None if positions is None else positions.to(device)
-    options = AttentionInputs(model.config, model.rotary_emb, hidden, positions, layers=range(len(model.layers)))
-    for index, layer in enumerate(model.layers):
-        hidden = layer(hidden, past_key_values=None, use_cache=False, **options.for_layer(index))
-        yield hidden
 
 
 def as_numbers(figures: dict[str, Tensor]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from utils import SAMPLES, mask_secrets
+from utils import SAMPLES, mask_secrets, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -110,9 +110,7 @@ class Tracker:
                 if "stage_begins" in row:
                     self.last_mark = (row["stage_begins"], row["step"])
                     self.stages_begun += 1
-        draft = path.with_suffix(".tmp")
-        draft.write_text("".join(kept), encoding="utf-8")
-        os.replace(draft, path)
+        write_whole(path, "".join(kept).encode())
 
     def mark_stage(self, stage: str, step: int) -> None:
         """Note where a stage begins, once: a run killed just after the mark comes back to the same step."""

@@ -6,6 +6,7 @@ from transformers import GPT2Config
 
 from conftest import tiny_llama_config
 from distill.initialization import student_from_teacher
+from distill.teacher import teacher_hidden
 from helpers.teachers import TEACHERS, make_student, make_teacher
 from model_utils import (
     check_layers,
@@ -16,7 +17,6 @@ from model_utils import (
     get_teacher_model,
     load_config,
     share_frozen_weights,
-    teacher_hidden,
     transfer_teacher_weights,
 )
 from models import LlambaConfig, LlambaForCausalLM

@@ -9,13 +9,12 @@ from arguments import parse_arguments
 from benchmarks.presets import preset
 from distill.distillation import DistillationStep
 from distill.losses import layer_distance
-from distill.teacher import OwnTeacher
+from distill.teacher import OwnTeacher, teacher_hidden
 from hardware.memory import estimate_memory
 from hardware.ranks import Ranks
 from helpers import runs
 from helpers.stages import batches_of, make_stage
 from helpers.teachers import TEACHERS, make_student, make_teacher
-from model_utils import teacher_hidden
 from optim.muon import STACKED
 from run.acceleration import step_settings
 from run.flag_checks import validate
