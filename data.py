@@ -16,7 +16,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,6 +26,9 @@ from text.packing import PackedTextDataset, Sequence
 from text.pass_share import text_size
 from text.row_readers import BadData, TextFile
 from text.text_sources import SourceSpec, open_source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "BadData",
@@ -228,7 +231,7 @@ def _close_loaders() -> None:
 
 def build_loader(
     spec: SourceSpec,
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
     *,
     seq_length: int,
     batch_size: int,
@@ -257,13 +260,15 @@ def build_loader(
     )
 
 
-def estimate_steps_per_epoch(spec: SourceSpec, tokenizer: Any, *, seq_length: int, sequences_per_step: int) -> int:
+def estimate_steps_per_epoch(
+    spec: SourceSpec, tokenizer: "PreTrainedTokenizerBase", *, seq_length: int, sequences_per_step: int
+) -> int:
     """Optimizer steps of one pass, from the tokens per stored byte in a sample of up to 8 files."""
     tokens = estimate_tokens(spec, tokenizer)
     return max(1, math.ceil(tokens / ((seq_length + 1) * sequences_per_step)))
 
 
-def estimate_tokens(spec: SourceSpec, tokenizer: Any) -> float:
+def estimate_tokens(spec: SourceSpec, tokenizer: "PreTrainedTokenizerBase") -> float:
     """Tokens of one pass over a source, separators included, estimated from a sample of up to 8 files."""
     source = open_source(spec)
     encoder = DocumentEncoder(tokenizer, source.chat, started=spec.version > 1)

@@ -12,13 +12,16 @@ import itertools
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from arguments import Parser, device_name, real, whole
 from evaluation.harness import harness_figures
 from evaluation.report import draw, print_table
 from hub.hub_files import DataStreamLost
 from utils import UserError, check_folder_writable, complain
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MOST_PAIRS = 306  # different names in `recall.phone_book`
 
@@ -89,7 +92,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def held_out_batches(args: argparse.Namespace, name: str, tokenizer: Any) -> Any:
+def held_out_batches(args: argparse.Namespace, name: str, tokenizer: "PreTrainedTokenizerBase") -> Any:
     """One unshuffled pass over the held-out text `name`, as the flags say."""
     from data import SourceSpec, build_loader
 

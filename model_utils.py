@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from checkpoints.folder_checks import check_folder
 from hub.hub_files import gated
@@ -77,7 +77,7 @@ def get_tokenizer(name: str, *, local_files_only: bool = False, revision: str | 
         raise UserError(_load_failure("tokenizer", name, local_files_only, error)) from error
 
 
-def check_teacher_config(config: Any, name: str) -> None:
+def check_teacher_config(config: PreTrainedConfig, name: str) -> None:
     """Raise a `UserError` unless the teacher is of an architecture that the transfer table covers."""
     if config.model_type not in SUPPORTED_TEACHERS:
         raise UserError(
@@ -139,6 +139,7 @@ def get_student_model(
     if name == FROM_TEACHER:
         from distill.initialization import student_from_teacher
 
+        assert teacher is not None
         return student_from_teacher(teacher, dtype=dtype, device=device, expand=expand)
     require_model_folder(name)
     try:
@@ -152,7 +153,7 @@ def get_student_model(
     return placed.to(device)
 
 
-def check_pair(student: LlambaConfig, teacher: Any, name: str) -> None:
+def check_pair(student: LlambaConfig, teacher: PreTrainedConfig, name: str) -> None:
     """Raise a `UserError` unless vocabulary, width, depth and MLP width of the two models agree."""
     if student.vocab_size != teacher.vocab_size:
         raise UserError(

@@ -1,16 +1,24 @@
 """Distil a Llama teacher into a hybrid Mamba-2 student. `python train.py --help` lists every flag."""
 
 import contextlib
+import functools
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from arguments import Arguments, parse_arguments
 from run.flag_checks import validate
 from utils import UserError, complain
+
+if TYPE_CHECKING:
+    from data import TextLoader
+    from distill.forms import Stage
+    from hardware.ranks import Ranks
+    from run.inputs import Inputs
+    from run.session import Session
 
 log = logging.getLogger("train")
 RANK_LOST = 5  # exit status
@@ -58,7 +66,7 @@ def leave_at_once(status: int) -> None:
     os._exit(status)
 
 
-def distill(args: Arguments, ranks: Any) -> int:
+def distill(args: Arguments, ranks: "Ranks") -> int:
     """Check -> build -> stages -> close."""
     from checkpoints.lock import RunLock
     from hardware.devices import enable_determinism, seed_everything
@@ -96,7 +104,7 @@ def distill(args: Arguments, ranks: Any) -> int:
             ranks.together(session.begin)
             signals.leave_at_once = False
             for name in names:
-                stage = ranks.together(lambda name=name: prepare_stage(args, name, session, inputs, loaders[name]))
+                stage = ranks.together(functools.partial(prepare_stage, args, name, session, inputs, loaders[name]))
                 with contextlib.closing(stage):
                     log.info(
                         "%s: %s%d optimizer steps", name, "about " * stage.open_ended, session.progress.stage_end
@@ -112,19 +120,21 @@ def distill(args: Arguments, ranks: Any) -> int:
     return 0
 
 
-def prepare_stage(args: Arguments, name: str, session: Any, inputs: Any, loader: Any) -> Any:
+def prepare_stage(args: Arguments, name: str, session: "Session", inputs: "Inputs", loader: "TextLoader") -> "Stage":
     """A stage at its beginning, or where an interrupted one stood."""
     from run.stages import build_stage
 
-    phases, done = session.phases(name, inputs.text), session.steps_done(name)
-    known = session.stretches(name, phases)
-    options = dict(done=done, stretches=known)
-    stage = build_stage(args, name, session.models, loader, phases, session.ranks, inputs.parallel, **options)
+    assert session.models is not None
+    models, phases = session.models, session.phases(name, inputs.text)
+    done, known = session.steps_done(name), session.stretches(name, phases)
+    stage = build_stage(
+        args, name, models, loader, phases, session.ranks, inputs.parallel, done=done, stretches=known
+    )
     session.enter(stage)
     return stage
 
 
-def failure_status(error: Exception, session: Any) -> int:
+def failure_status(error: Exception, session: "Session") -> int:
     """One line for what a run cannot go on from, and its exit status; anything unexpected is raised again."""
     from checkpoints.lock import LockTaken
     from distill.gradient_check import UntrainedTensors

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from data import Batch
 from distill.forms import DeviceBatch, Progress, Stage, Sums
 from distill.gradient_check import GradientCheck
 from distill.meter import BadStepWatch, Meter, Reading, TooManyBadSteps
@@ -64,7 +65,7 @@ def feed(stage: Stage) -> Generator[DeviceBatch]:
         yield waiting
 
 
-def to_device(batch: Any, device: torch.device, state: dict[str, Any], *, non_blocking: bool) -> DeviceBatch:
+def to_device(batch: Batch, device: torch.device, state: dict[str, Any], *, non_blocking: bool) -> DeviceBatch:
     """A `data.Batch` as inputs, labels and masks on `device`; copies do not block when the source is pinned."""
     tokens = batch.tokens.to(device, non_blocking=non_blocking)
     positions = batch.position_ids

@@ -29,7 +29,7 @@ SECRET_SETTING = re.compile(
 HEX_KEY = re.compile(r"\b[0-9a-f]{40}\b")
 
 
-def mask_secrets(value: Any, name: str = "") -> Any:
+def mask_secrets(value: object, name: str = "") -> Any:
     """A copy of flags, settings or a text, with `***` for everything that looks like a token, key or password.
 
     Masked are strings under a name that says so (`..._token`, `api_key`; counts of tokens are numbers and stay),
@@ -39,7 +39,7 @@ def mask_secrets(value: Any, name: str = "") -> Any:
     return _masked(value, name, _environment_secrets())
 
 
-def _masked(value: Any, name: str, known: list[str]) -> Any:
+def _masked(value: object, name: str, known: list[str]) -> Any:
     if isinstance(value, dict):
         return {key: _masked(entry, str(key), known) for key, entry in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch.utils.serialization import config as serialization_config
+from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 MANIFEST, METADATA, TRAINER_STATE = "manifest.json", "training_state.json", "trainer_state.pt"
@@ -69,7 +70,7 @@ class HashedFile:
     def __enter__(self) -> "HashedFile":
         return self
 
-    def __exit__(self, kind: Any, *error: Any) -> None:
+    def __exit__(self, kind: object, *error: Any) -> None:
         try:
             if kind is None:
                 os.fsync(self.file)
@@ -108,7 +109,7 @@ def hash_stream(chunks: Iterable[Any]) -> dict[str, Any]:
     return {"size": size, "sha256": digest.hexdigest()}
 
 
-def write_torch(path: Path, state: Any) -> dict[str, Any]:
+def write_torch(path: Path, state: object) -> dict[str, Any]:
     """torch.save without its CRC32 (the manifest's sha256 covers the file); returns the manifest entry."""
     with HashedFile(path) as file, serialization_config.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
         try:
@@ -241,7 +242,7 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def plain_name(name: Any, where: str) -> str:
+def plain_name(name: object, where: str) -> str:
     if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name:
         raise ValueError(f"{where} names {name!r}, which is not a file of this folder")
     return name
@@ -262,19 +263,19 @@ def files_written(write: Callable[[str], Any]) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
 
 
-def save_description(model: Any, dtype: torch.dtype | None, folder: str) -> None:
+def save_description(model: PreTrainedModel, dtype: torch.dtype | None, folder: str) -> None:
     """What `save_pretrained` writes beside the weights: configuration, generation settings, modelling code."""
     config = copy.deepcopy(model.config)
     config.dtype = str(dtype or model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
     if getattr(model, "_auto_class", None) is not None:
-        custom_object_save(model, folder, config=config)
+        custom_object_save(model, folder, config=config)  # type: ignore[arg-type]
     config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
 
 
-def distinct_weights(model: Any) -> dict[str, torch.Tensor]:
+def distinct_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The model's state dict with one name a parameter: of tied ones the name that the others are tied to.
 
     Memory says nothing here: an untied student's frozen embedding and head may both lie in a tied teacher's.

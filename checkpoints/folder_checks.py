@@ -100,7 +100,7 @@ def read_safetensors_header(path: Path) -> dict[str, list[int]]:
     return {name: shape for name, _, shape, _, _ in entries}
 
 
-def _check_shape(what: str, shape: Any) -> None:
+def _check_shape(what: str, shape: object) -> None:
     if (
         not isinstance(shape, list)
         or len(shape) > 8

@@ -22,7 +22,7 @@ class HostCopies:
     def __init__(self) -> None:
         self.buffers: dict[str, torch.Tensor] = {}
 
-    def take(self, state: Any) -> Any:
+    def take(self, state: object) -> Any:
         """A copy of nested dicts, lists and tuples that shares no memory with `state`.
 
         Tensors that are the same memory are copied once. Raises `TypeError` for what torch's weights-only reader
@@ -37,7 +37,7 @@ class HostCopies:
             torch.cuda.synchronize(device)
         return copy
 
-    def reserve(self, state: Any) -> None:
+    def reserve(self, state: object) -> None:
         """Allocate and touch what `take(state)` will need, so that it only copies."""
         sizes: set[Any] = set()
         for path, tensor in tensors_in(state):
@@ -46,7 +46,7 @@ class HostCopies:
                 self.buffers[path] = _allocate(tensor)
                 _as_bytes(self.buffers[path]).fill(0)
 
-    def bytes_missing(self, state: Any) -> int:
+    def bytes_missing(self, state: object) -> int:
         """Bytes of host memory that `take(state)` would have to allocate."""
         sizes: dict[Any, int] = {}
         for path, tensor in tensors_in(state):
@@ -75,7 +75,7 @@ class HostCopies:
         return buffer
 
 
-def rebuilt(value: Any, tensor: Callable[[torch.Tensor, str], torch.Tensor], path: str = "") -> Any:
+def rebuilt(value: object, tensor: Callable[[torch.Tensor, str], torch.Tensor], path: str = "") -> Any:
     """Nested dicts, lists and tuples built anew, `tensor(value, path)` in the place of each tensor.
 
     Raises `TypeError`, with the path, for what torch's weights-only reader would not load.
@@ -93,12 +93,12 @@ def rebuilt(value: Any, tensor: Callable[[torch.Tensor, str], torch.Tensor], pat
         raise TypeError(f"{path}: {error}") from None
 
 
-def checked(state: Any) -> Any:
+def checked(state: object) -> Any:
     """`state` with its own tensors, but in containers and plain values that will load again."""
     return rebuilt(state, lambda tensor, path: tensor.detach())
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """A value of an exact built-in type (NumPy's float64 is a float that would not load); `TypeError` for others."""
     if value is None or isinstance(value, (torch.dtype, torch.device)):
         return value
@@ -108,7 +108,7 @@ def plain(value: Any) -> Any:
     raise TypeError(f"a checkpoint cannot hold a {type(value).__module__}.{type(value).__qualname__}")
 
 
-def tensors_in(state: Any, path: str = "") -> list[tuple[str, torch.Tensor]]:
+def tensors_in(state: object, path: str = "") -> list[tuple[str, torch.Tensor]]:
     """(path, tensor) of every tensor in nested dicts, lists and tuples."""
     if isinstance(state, torch.Tensor):
         return [(path, state)]
@@ -119,7 +119,7 @@ def tensors_in(state: Any, path: str = "") -> list[tuple[str, torch.Tensor]]:
     return []
 
 
-def distinct_bytes(state: Any) -> int:
+def distinct_bytes(state: object) -> int:
     """Bytes of the tensors in a nested state, memory that is shared counted once."""
     return sum({_memory(t): t.numel() * t.element_size() for _, t in tensors_in(state)}.values())
 

@@ -11,7 +11,7 @@ from checkpoints.files import METADATA, TRAINER_STATE, read_json
 from utils import UserError
 
 
-def read_trainer_state(folder: Path, map_location: Any = "cpu") -> dict[str, Any]:
+def read_trainer_state(folder: Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
     """`trainer_state.pt`, by torch's weights-only reader, its tensors mapped: only what is used of them is read.
 
     Raises `UserError` in one line.

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from checkpoints.files import (
     INDEX,
@@ -86,7 +88,7 @@ class Job:
 
 
 def split_weights(
-    model: Any, weights: dict[str, torch.Tensor] | None, frozen: Collection[str]
+    model: PreTrainedModel, weights: dict[str, torch.Tensor] | None, frozen: Collection[str]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The model's weights (or `weights` in their place), one name a tensor: those that train, and the frozen ones."""
     named = {name: t.detach() for name, t in (distinct_weights(model) if weights is None else weights).items()}
@@ -129,8 +131,8 @@ class CheckpointStore:
         self,
         name: str,
         *,
-        model: Any,
-        tokenizer: Any,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer | None,
         trainer_state: dict[str, Any],
         metadata: dict[str, Any],
         frozen: Collection[str] = (),
@@ -172,7 +174,7 @@ class CheckpointStore:
     def prepare(
         self,
         *,
-        model: Any,
+        model: PreTrainedModel,
         trainer_state: dict[str, Any],
         frozen: Collection[str] = (),
         weights: dict[str, torch.Tensor] | None = None,
@@ -209,14 +211,13 @@ class CheckpointStore:
         return self._copies.take(state), True
 
     def _small_files(
-        self, model: Any, tokenizer: Any, dtype: torch.dtype | None, card: str | None
+        self, model: PreTrainedModel, tokenizer: Tokenizer | None, dtype: torch.dtype | None, card: str | None
     ) -> dict[str, bytes]:
         """Configuration, modelling code, tokenizer and model card, as transformers writes them."""
         if tokenizer is not None and self._tokenizer_files[0] is not tokenizer:
             several = isinstance(getattr(tokenizer, "chat_template", None), dict)  # else they get a folder
-            options = {"save_jinja_files": False} if several else {}
-            files = files_written(lambda folder: tokenizer.save_pretrained(folder, **options))
-            self._tokenizer_files = tokenizer, files
+            options: Any = {"save_jinja_files": False} if several else {}
+            self._tokenizer_files = tokenizer, files_written(lambda to: tokenizer.save_pretrained(to, **options))
         files = {**self._tokenizer_files[1], **files_written(lambda folder: save_description(model, dtype, folder))}
         if card is not None:
             files["README.md"] = card.encode()

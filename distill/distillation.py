@@ -9,6 +9,7 @@ from torch import nn
 from distill.forms import DeviceBatch, Sums
 from distill.losses import KDTerms, chunked_kd_loss, mean_layer_distance
 from distill.teacher import Teacher
+from models import LlambaForCausalLM
 
 
 class DistillationStep(nn.Module):
@@ -16,7 +17,7 @@ class DistillationStep(nn.Module):
 
     def __init__(
         self,
-        student: Any,
+        student: LlambaForCausalLM,
         teacher_head: torch.Tensor | None,
         *,
         temperature: float = 1.0,

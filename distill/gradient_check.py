@@ -7,7 +7,6 @@ healthy. The weights' own bits tell nothing: a first rate of 1e-8 rightly moves 
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,7 +91,7 @@ class GradientCheck:
                 "train them: this is a fault of the program, unless they should have been frozen"
             )
 
-    def _sizes(self, device: Any) -> list[Tensor]:
+    def _sizes(self, device: torch.device) -> list[Tensor]:
         """The largest entry of each gradient that the optimizer has seen on this rank, 0 where there was none.
 
         Where gradients are gone (`UpdateInBackward`), their norms.

@@ -26,9 +26,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from models import LlambaConfig, LlambaForCausalLM
-from models.modeling_llamba import AttentionInputs, attention_module
+from models.modeling_llamba import AttentionInputs, LlambaMixer, attention_module
 from models.state_space import decay_dtype
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ HALF_LIVES = [2.0**power for power in range(9)]  # tokens, that a fit chooses fr
 FIT_LENGTH = 512  # tokens of a sequence that it looks at: its matrices are [b, H, t, t]
 
 
-def student_config(teacher: Any, expand: int = 1) -> LlambaConfig:
+def student_config(teacher: PreTrainedConfig, expand: int = 1) -> LlambaConfig:
     """Llamba sizes for a teacher's configuration: N = head_dim, G = H = `expand` times the attention heads."""
     head_dim = getattr(teacher, "head_dim", None) or teacher.hidden_size // teacher.num_attention_heads
     heads = expand * teacher.num_attention_heads
@@ -72,7 +73,7 @@ def student_config(teacher: Any, expand: int = 1) -> LlambaConfig:
 
 
 def student_from_teacher(
-    teacher: Any, *, dtype: torch.dtype, device: torch.device | str, expand: int = 1
+    teacher: PreTrainedModel, *, dtype: torch.dtype, device: torch.device | str, expand: int = 1
 ) -> LlambaForCausalLM:
     """A student of the teacher's sizes with every mixer started from the teacher's attention of that layer.
 
@@ -92,7 +93,7 @@ def student_from_teacher(
 
 
 @torch.no_grad()
-def start_mixer(mixer: Any, attention: Any, config: Any) -> None:
+def start_mixer(mixer: LlambaMixer, attention: Any, config: PreTrainedConfig) -> None:
     """Write one attention layer's projections into a mixer, as the module's docstring says.
 
     q_proj [H*P, d], k_proj and v_proj [KV*P, d], o_proj [d, H*P] -> in_proj rows (x, B, C, z, A_log), out_proj. A
@@ -114,7 +115,7 @@ def start_mixer(mixer: Any, attention: Any, config: Any) -> None:
         mixer.out_proj.bias.copy_(attention.o_proj.bias)
 
 
-def values_keys_queries(attention: Any, config: Any, kind: str, copies: int) -> torch.Tensor:
+def values_keys_queries(attention: Any, config: PreTrainedConfig, kind: str, copies: int) -> torch.Tensor:
     """Weights or biases of v, k and q as the mixer's x, B and C have them, [3*E*H*P, ...], E copies of each head."""
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     v, k, q = (getattr(projection, kind) for projection in (attention.v_proj, attention.k_proj, attention.q_proj))
@@ -151,22 +152,22 @@ def mlp_half(layer: Any, hidden: torch.Tensor, attended: torch.Tensor) -> torch.
 
 
 def visit_layers(
-    teacher: Any,
+    backbone: Any,
     inputs: torch.Tensor,
     positions: torch.Tensor | None = None,
     halves: tuple[Any, Any] = (attention_half, mlp_half),
 ) -> Iterator[LayerVisit]:
-    """Walk through a teacher's backbone layer by layer, without gradients; one layer's tensors at a time.
+    """Walk through a teacher's backbone, `teacher.model`, without gradients; one layer's tensors at a time.
 
     inputs int64 [b, t]; positions [b, t] restart at each document; `halves` may be compiled. The next layer runs when
     the caller asks for it. All supported architectures are pre-norm, attention then MLP.
     """
     first, second = halves
     with torch.no_grad():
-        hidden = teacher.embed_tokens(inputs)
-        layers = range(len(teacher.layers))
-        shared = AttentionInputs(teacher.config, teacher.rotary_emb, hidden, positions, layers=layers)
-    for index, layer in enumerate(teacher.layers):
+        hidden = backbone.embed_tokens(inputs)
+        layers = range(len(backbone.layers))
+        shared = AttentionInputs(backbone.config, backbone.rotary_emb, hidden, positions, layers=layers)
+    for index, layer in enumerate(backbone.layers):
         options = shared.for_layer(index)
         with torch.no_grad():
             u, attended = first(layer, hidden, options)
@@ -177,8 +178,8 @@ def visit_layers(
 
 @torch.no_grad()
 def calibrate_mixers(
-    student: Any,
-    teacher: Any,
+    student: LlambaForCausalLM,
+    teacher: PreTrainedModel,
     tokens: torch.Tensor,
     *,
     half_lives: tuple[float, float] | None = None,
@@ -199,7 +200,7 @@ def calibrate_mixers(
     errors: dict[int, float] = {}
     for visit in visit_layers(teacher.model, tokens):
         if visit.index not in student.config.attention_layers:
-            mixer = student.backbone.layers[visit.index].mixer
+            mixer: Any = student.backbone.layers[visit.index].mixer
             errors[visit.index] = calibrate_mixer(mixer, visit, half_lives=half_lives, split=split, per_head=per_head)
     log.info("mixers calibrated: mean relative error %.3f", sum(errors.values()) / max(len(errors), 1))
     return errors
@@ -207,7 +208,7 @@ def calibrate_mixers(
 
 @torch.no_grad()
 def calibrate_mixer(
-    mixer: Any,
+    mixer: LlambaMixer,
     visit: LayerVisit,
     *,
     half_lives: tuple[float, float] | None = None,
@@ -254,7 +255,7 @@ def spread_over_copies(lives: torch.Tensor, heads: int) -> torch.Tensor:
     return torch.cat([lives * step**copy for copy in range(heads // len(lives))])
 
 
-def fitted_half_lives(mixer: Any, visit: "LayerVisit") -> torch.Tensor:
+def fitted_half_lives(mixer: LlambaMixer, visit: "LayerVisit") -> torch.Tensor:
     """Of `HALF_LIVES`, for each attention head the one with which a mixer's head comes closest to it: [H], in tokens.
 
     Closest: y_i = sum_j 2^(-(i-j)/half life) C_i . B_j x_j explains most of o_i = sum_j softmax(q k^T)_ij x_j, by its
@@ -279,7 +280,7 @@ def fitted_half_lives(mixer: Any, visit: "LayerVisit") -> torch.Tensor:
     return torch.tensor(HALF_LIVES, device=u.device)[torch.stack(explained).argmax(0)]
 
 
-def head_factors(mixer: Any, u: torch.Tensor, wanted: torch.Tensor, per_head: bool) -> torch.Tensor:
+def head_factors(mixer: LlambaMixer, u: torch.Tensor, wanted: torch.Tensor, per_head: bool) -> torch.Tensor:
     """Least-squares factors [H] of the heads' outputs against wanted [b, t, d]; one for all unless `per_head`.
 
     The normal equations come from y^T y and W^T W, since the heads' parts of the output, H times as large as it,

@@ -22,8 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from data import TextLoader
 from distill.losses import chunked_kd_loss
+from models import LlambaForCausalLM
 from models.modeling_llamba import AttentionInputs
 from utils import UserError, write_whole
 
@@ -51,9 +54,17 @@ class Hybrid:
     tokens int64 [b, t + 1]; valid bool [b, t]; positions [b, t] restart at each document, or None.
     """
 
-    def __init__(self, teacher: Any, student: Any, tokens: Tensor, valid: Tensor, positions: Tensor | None):
-        self.teacher, self.student, model = teacher, student, teacher.model
-        embedding = student.backbone.embedding.weight
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        student: LlambaForCausalLM,
+        tokens: Tensor,
+        valid: Tensor,
+        positions: Tensor | None,
+    ):
+        model: Any = teacher.model
+        self.teacher, self.student = teacher, student
+        embedding: Any = student.backbone.embedding.weight
         self.device, self.dtype = embedding.device, embedding.dtype
         self.teacher_device = model.embed_tokens.weight.device
         self.teacher_dtype = model.embed_tokens.weight.dtype
@@ -123,8 +134,8 @@ def rank_layers(hybrid: Hybrid) -> tuple[list[int], list[float], list[float]]:
 
 def choose_layers(
     count: int,
-    teacher: Any,
-    student: Any,
+    teacher: PreTrainedModel,
+    student: LlambaForCausalLM,
     open_text: Callable[[], Any],
     *,
     tokens: int,
@@ -165,7 +176,7 @@ def read_choice(path: Path) -> LayerChoice | None:
         return None
 
 
-def first_rows(loader: Any, tokens: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def first_rows(loader: TextLoader, tokens: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """As many sequences as hold `tokens` tokens, at least one: tokens [b, t + 1], valid [b, t], positions or None.
 
     Closes the loader.

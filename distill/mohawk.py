@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from distill.forms import DeviceBatch, Sums
 from distill.initialization import attention_half, attention_matrix, mlp_half, visit_layers
@@ -43,7 +44,7 @@ class AlignmentStep:
     def __init__(
         self,
         kind: str,
-        teacher: Any,
+        teacher: PreTrainedModel,
         student: LlambaForCausalLM,
         tokens: Tensor,
         *,
@@ -126,12 +127,12 @@ class AlignmentStep:
             self.loss = compiled
 
 
-def attention_scores(attention: Any, u: Tensor, attended: Tensor, options: dict[str, Any]) -> Tensor:
+def attention_scores(attention: nn.Module, u: Tensor, attended: Tensor, options: dict[str, Any]) -> Tensor:
     """What the "matrix" stage matches: the attention matrix [b, H, t, t]."""
     return attention_matrix(attention, u, options)
 
 
-def attention_output(attention: Any, u: Tensor, attended: Tensor, options: dict[str, Any]) -> Tensor:
+def attention_output(attention: nn.Module, u: Tensor, attended: Tensor, options: dict[str, Any]) -> Tensor:
     """What the "hidden" stage matches: the attention's output [b, t, d], as it is."""
     return attended
 
@@ -141,7 +142,9 @@ def hidden_size(target: Tensor) -> Tensor:
     return target.to(decay_dtype(target.dtype)).square().sum(-1).mean()
 
 
-def hidden_loss(mixer: Any, u: Tensor, target: Tensor, resets: Tensor | None, size: Tensor) -> tuple[Tensor, Tensor]:
+def hidden_loss(
+    mixer: LlambaMixer, u: Tensor, target: Tensor, resets: Tensor | None, size: Tensor
+) -> tuple[Tensor, Tensor]:
     """Per-token relative squared error of the mixer's output [b, t], and mean decay [b, t]; u, target [b, t, d]."""
     wide = decay_dtype(u.dtype)
     return (mixer(u, resets).to(wide) - target.to(wide)).square().sum(-1) / size, mean_decay(mixer, u)
@@ -152,7 +155,9 @@ def matrix_size(target: Tensor) -> Tensor:
     return target.square().sum(-1).mean((0, 2))[:, None]
 
 
-def matrix_loss(mixer: Any, u: Tensor, target: Tensor, resets: Tensor | None, size: Tensor) -> tuple[Tensor, Tensor]:
+def matrix_loss(
+    mixer: LlambaMixer, u: Tensor, target: Tensor, resets: Tensor | None, size: Tensor
+) -> tuple[Tensor, Tensor]:
     """Per-row relative squared distance of mixing and attention matrices, mean over heads [b, t], and mean decay.
 
     u [b, t, d], target [b, H, t, t], size [H, 1].
@@ -164,6 +169,6 @@ def matrix_loss(mixer: Any, u: Tensor, target: Tensor, resets: Tensor | None, si
 
 
 @torch.no_grad()
-def mean_decay(mixer: Any, u: Tensor) -> Tensor:
+def mean_decay(mixer: LlambaMixer, u: Tensor) -> Tensor:
     """The mean over heads of a_t [b, t]."""
     return mixer.decays(u).mean(-1)

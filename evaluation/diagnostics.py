@@ -6,16 +6,21 @@ or the weights.
 
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from distill.teacher import states_by_layer
 from hardware.compilation import eagerly
 from model_utils import decoder_layers
+from models import LlambaForCausalLM
 from models.modeling_llamba import AttentionInputs
 from optim.step import gradient_norm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LONGEST = 1024  # tokens of the sequence that `layer_figures` looks at: its cost must not depend on --seq_length
 GREEDY: dict[str, Any] = {
@@ -34,7 +39,7 @@ PROMPTS = (
 )
 
 
-def gradient_norms(student: Any, scale: float = 1.0) -> dict[str, Tensor]:
+def gradient_norms(student: LlambaForCausalLM, scale: float = 1.0) -> dict[str, Tensor]:
     """`layers/grad_norm_<i>`: the 2-norm of each layer's gradients, divided by the loss scaler's `scale`.
 
     Scalars on the device; of sharded gradients over all ranks, which all have to ask. A layer without gradients
@@ -49,7 +54,9 @@ def gradient_norms(student: Any, scale: float = 1.0) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def layer_figures(student: Any, teacher: Any, inputs: Tensor, positions: Tensor | None) -> dict[str, Tensor]:
+def layer_figures(
+    student: LlambaForCausalLM, teacher: PreTrainedModel | None, inputs: Tensor, positions: Tensor | None
+) -> dict[str, Tensor]:
     """How far the student is from its teacher (None: no distance) after each layer, how long its mixers remember.
 
     `layers/hidden_distance_<i>`: norm of the difference of both models' hidden states after layer i, over the norm
@@ -57,7 +64,7 @@ def layer_figures(student: Any, teacher: Any, inputs: Tensor, positions: Tensor 
     first sequence of inputs int64 [b, t] alone; positions [b, t] restart at each document. Two layers' activations
     are alive at a time.
     """
-    backbone = student.backbone
+    backbone: Any = student.backbone
     device = backbone.embedding.weight.device
     inputs = inputs[:1, :LONGEST]
     positions = None if positions is None else positions[:1, :LONGEST]
@@ -96,15 +103,16 @@ def as_numbers(figures: dict[str, Tensor]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def continuations(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
+def continuations(model: PreTrainedModel, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str]) -> list[str]:
     """The model's greedy continuation of each prompt, as `GREEDY` says."""
+    generate: Any = model.generate
     was_training = model.training
     model.eval()
-    texts = []
+    texts: list[str] = []
     with eagerly():
         for prompt in prompts:
             given = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-            written = model.generate(given, attention_mask=torch.ones_like(given), **GREEDY)
-            texts.append(tokenizer.decode(written[0, given.shape[1] :], skip_special_tokens=True))
+            written = generate(given, attention_mask=torch.ones_like(given), **GREEDY)
+            texts.append(str(tokenizer.decode(written[0, given.shape[1] :], skip_special_tokens=True)))
     model.train(was_training)
     return texts

@@ -1,12 +1,17 @@
 """How fast models generate, as `generate` runs them."""
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def speed_figures(models: dict[str, Any], tokenizer: Any, tokens: int, device: torch.device) -> dict[str, float]:
+
+def speed_figures(
+    models: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", tokens: int, device: torch.device
+) -> dict[str, float]:
     """Generated tokens a second, greedy, batch 1, after one warm-up."""
     prompt = tokenizer("The history of", return_tensors="pt").to(device)
     options = dict(min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False, use_cache=True)

@@ -2,13 +2,26 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from utils import UserError
 
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from data import Batch
+    from distill.teacher import Teacher
+    from models import LlambaForCausalLM
+
 
 def held_out_figures(
-    student: Any, teacher: Any, batches: Iterable[Any], tokens: int, device: Any
+    student: "LlambaForCausalLM",
+    teacher: "PreTrainedModel",
+    batches: Iterable[Any],
+    tokens: int,
+    device: "torch.device",
 ) -> dict[str, float]:
     """`figures_of` a student and a teacher that are whole models on this process' devices."""
     from distill.distillation import DistillationStep
@@ -23,7 +36,9 @@ def held_out_figures(
     return figures
 
 
-def held_out_sums(step: Any, hidden_states: Any, teacher_head: Any, batch: Any, device: Any) -> Any:
+def held_out_sums(
+    step: "nn.Module", hidden_states: "Teacher", teacher_head: "torch.Tensor", batch: "Batch", device: "torch.device"
+) -> "torch.Tensor":
     """float64 [5] on the host: KL, agreement, the student's and the teacher's cross-entropy, tokens of a batch.
 
     step: a `distillation.DistillationStep`, also replicated or sharded; hidden_states: a teacher of teacher.py.

@@ -7,9 +7,13 @@ by teacher forcing: a row counts as right when each token of the value is the mo
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FIRST = (
     "James Mary Robert Linda John Susan David Karen Paul Nancy Mark Lisa George Betty Brian Helen Kevin Sandra"
@@ -56,7 +60,9 @@ def recall_rows(task: str, pairs: int, count: int, seed: int = 0) -> list[Recall
 
 
 @torch.no_grad()
-def recall_accuracy(model: Any, tokenizer: Any, rows: Sequence[RecallRow], device: torch.device) -> float:
+def recall_accuracy(
+    model: PreTrainedModel, tokenizer: "PreTrainedTokenizerBase", rows: Sequence[RecallRow], device: torch.device
+) -> float:
     """Share of rows whose whole value is the model's top choice, token by token.
 
     The same as greedy decoding giving the value: a wrong token would end both. Needs a fast tokenizer, whose offsets
@@ -73,7 +79,11 @@ def recall_accuracy(model: Any, tokenizer: Any, rows: Sequence[RecallRow], devic
 
 
 def recall_figures(
-    models: dict[str, Any], tokenizer: Any, lengths: Sequence[int], count: int, device: torch.device
+    models: dict[str, Any],
+    tokenizer: "PreTrainedTokenizerBase",
+    lengths: Sequence[int],
+    count: int,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Accuracy (0 to 1) of each model for each task and number of pairs in `lengths`, on `count` rows."""
     figures: dict[str, Any] = {}

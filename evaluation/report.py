@@ -1,7 +1,10 @@
 """The figures of `evaluate.py` as a table and as a picture."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def print_table(report: dict[str, Any]) -> None:
@@ -53,7 +56,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def draw_recall(recall: dict[str, Any], axis: Any, colours: dict[str, str]) -> None:
+def draw_recall(recall: dict[str, Any], axis: "Axes", colours: dict[str, str]) -> None:
     """A line for each model and task."""
     for task, style in zip(sorted({name.split("/")[0] for name in recall}), ("o-", "s--")):
         pairs = sorted(int(name.split("/")[1]) for name in recall if name.startswith(task))

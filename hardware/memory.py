@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from distill.losses import CHUNK_LOGITS_COMPILED, CHUNK_LOGITS_EAGER, PARTS_COMPILED
 from hardware.activation_bytes import saved_bytes
@@ -82,7 +83,7 @@ class StepModel:
 
     def __init__(
         self,
-        teacher_config: Any,
+        teacher_config: PreTrainedConfig,
         student_config: LlambaConfig,
         settings: StepSettings,
         shards: int = 1,
@@ -99,7 +100,7 @@ class StepModel:
         self.costs: dict[tuple[str, str], LayerCost] = {}
         self.constants = self._weights(teacher_config)
 
-    def _weights(self, teacher_config: Any) -> dict[str, float]:
+    def _weights(self, teacher_config: PreTrainedConfig) -> dict[str, float]:
         teacher, matrices = teacher_sizes(teacher_config)
         size = self.dtype.itemsize
         sharable = self.same_device and self.dtype == self.parameter_dtype
@@ -326,7 +327,7 @@ class StepModel:
 
 
 def estimate_memory(
-    teacher_config: Any,
+    teacher_config: PreTrainedConfig,
     student_config: LlambaConfig,
     settings: StepSettings,
     free_bytes: float | None = None,

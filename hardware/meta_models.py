@@ -2,9 +2,9 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from hardware.devices import default_dtype
 from hardware.settings import StepSettings
@@ -13,7 +13,9 @@ from models import LlambaConfig, LlambaForCausalLM
 from utils import auto_layers
 
 
-def meta_student(teacher_config: Any, student_config: LlambaConfig, settings: StepSettings) -> LlambaForCausalLM:
+def meta_student(
+    teacher_config: PreTrainedConfig, student_config: LlambaConfig, settings: StepSettings
+) -> LlambaForCausalLM:
     """The student as it will train, on the meta device: replaced layers in place, frozen parameters frozen."""
     config = copy.deepcopy(student_config)
     if not config.attention_layers:
@@ -40,7 +42,7 @@ def replaced_layers(layers: Sequence[int | str], n_layer: int) -> list[int]:
     return sorted({index for index in wanted if isinstance(index, int) and 0 <= index < n_layer})
 
 
-def teacher_sizes(config: Any) -> tuple[int, int]:
+def teacher_sizes(config: PreTrainedConfig) -> tuple[int, int]:
     """(parameters of the teacher, parameters of its layers' matrices)."""
     from transformers import AutoModelForCausalLM
 

@@ -20,7 +20,7 @@ def head_names(step: Any) -> list[str]:
     return [name for name, p in step.named_parameters(remove_duplicate=False) if p is head]
 
 
-def replicate(step: Any) -> nn.Module:
+def replicate(step: nn.Module) -> nn.Module:
     """A `DistillationStep` under DDP. The head's float32 gradient is not DDP's: see `average_gradients`."""
     ddp = nn.parallel.DistributedDataParallel
     constant = [name for name, _ in step.named_buffers()]  # the same everywhere: not to be sent in every step
@@ -108,7 +108,7 @@ def whole_weights(named: dict[str, Tensor], known: dict[str, Tensor], *, first: 
     return found
 
 
-def whole_optimizer_state(optimizer: Any, ranks: Ranks) -> dict[str, Any]:
+def whole_optimizer_state(optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, Any]:
     """The state dict that one rank would have: the shards' states put together (on the first rank, on the host).
 
     Parameters are sharded by rows, and so is their state, also that of 8-bit blocks, which never cross rows.
@@ -126,13 +126,15 @@ def whole_optimizer_state(optimizer: Any, ranks: Ranks) -> dict[str, Any]:
     return {**state, "state": whole}
 
 
-def _forms(parameter: Any, state: dict[str, Tensor]) -> dict[str, tuple[Any, ...]]:
+def _forms(parameter: DTensor, state: dict[str, Tensor]) -> dict[str, tuple[Any, ...]]:
     """For each tensor of a state its dtype, rows for each row of the parameter (0: a number), and shape of a row."""
     rows = max(1, parameter.to_local().shape[0])
     return {name: (t.dtype, t.shape[0] // rows if t.ndim else 0, tuple(t.shape[1:])) for name, t in state.items()}
 
 
-def _join_rows(parameter: Any, tensor: Tensor | None, dtype: Any, per_row: int, shape: tuple[int, ...]) -> Tensor:
+def _join_rows(
+    parameter: DTensor, tensor: Tensor | None, dtype: torch.dtype, per_row: int, shape: tuple[int, ...]
+) -> Tensor:
     """A state tensor of all rows, from each rank's own (None where a rank has no rows), sent as bytes."""
     device = parameter.to_local().device
     if per_row == 0:  # the same on every rank that has rows
@@ -150,7 +152,7 @@ def _join_rows(parameter: Any, tensor: Tensor | None, dtype: Any, per_row: int, 
     return spread.full_tensor().view(-1).view(dtype).view(-1, *shape)
 
 
-def own_optimizer_state(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
+def own_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     """This rank's rows of a whole state dict, for its shards."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     mine: dict[int, dict[str, Any]] = {}
@@ -165,14 +167,14 @@ def own_optimizer_state(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]
     return {**state, "state": mine}
 
 
-def own_rows(parameter: Any) -> tuple[int, int]:
+def own_rows(parameter: DTensor) -> tuple[int, int]:
     """(first row, number of rows) of a parameter's shard; FSDP2 cuts rows as torch.chunk does."""
     rows = parameter.to_local().shape[0]
     each = -(-parameter.shape[0] // parameter.device_mesh.size())
     return min(parameter.device_mesh.get_local_rank() * each, parameter.shape[0]), rows
 
 
-def copy_rows(parameter: Any, whole: Tensor) -> None:
+def copy_rows(parameter: Tensor, whole: Tensor) -> None:
     """Write a whole tensor into a parameter, or this rank's rows of it into its shard."""
     if not isinstance(parameter, DTensor):
         parameter.copy_(whole)

@@ -109,13 +109,13 @@ class Ranks:
             self.watch.all_know()
         raise (SharedMistake if mistake else RankFailed)(text) from failure
 
-    def _everyones(self, value: Any) -> list[Any]:
+    def _everyones(self, value: object) -> list[Any]:
         found: list[Any] = [None] * self.world_size
         with losses_of_ranks():
             dist.all_gather_object(found, value, group=self.group)
         return found
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: object) -> list[Any]:
         """A small value of every rank, in their order, on every rank. Raises as `agree`."""
         if self.alone:
             return [value]
@@ -198,7 +198,7 @@ class FailureWatch:
     launcher's key-value store carries the news, since that needs no other rank.
     """
 
-    def __init__(self, store: Any, patience: float = PATIENCE):
+    def __init__(self, store: dist.Store, patience: float = PATIENCE):
         self.store, self.patience = store, patience
         self.failures = 0  # that all ranks have agreed on
         self.over = threading.Event()

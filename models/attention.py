@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
@@ -33,7 +34,7 @@ class AttentionInputs:
 
     def __init__(
         self,
-        config: Any,
+        config: PreTrainedConfig,
         rotary_emb: Any,
         hidden: Tensor,
         position_ids: Tensor | None = None,

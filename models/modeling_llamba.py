@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -319,7 +319,9 @@ class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head = value
 
-    def set_attention_layers(self, layers: dict[int, nn.Module], teacher_config: Any, rotary_emb: nn.Module) -> None:
+    def set_attention_layers(
+        self, layers: dict[int, nn.Module], teacher_config: PreTrainedConfig, rotary_emb: nn.Module
+    ) -> None:
         """Put whole decoder layers at the given indices and write them into the configuration."""
         if not layers:
             return

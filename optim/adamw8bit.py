@@ -1,5 +1,6 @@
 """AdamW with 8-bit moments on exact master weights."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ class AdamW8bit(MasterAdamW):
     reference's exact update.
     """
 
-    def __init__(self, params: Any, lr: float, kernel: bool = False):
+    def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]], lr: float, kernel: bool = False):
         """`kernel`: update by the Triton kernel (`optimizer_kernel`), on CUDA devices."""
         super().__init__(params, lr)
         self.kernel = kernel

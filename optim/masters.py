@@ -1,6 +1,6 @@
 """Exact float32 master weights beside bf16 parameters, and AdamW on them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ class MasterAdamW(_SkippingOptimizer):
     State a bf16 parameter: master, exp_avg, exp_avg_sq in float32 (12 bytes). arXiv 1711.05101.
     """
 
-    def __init__(self, params: Any, lr: float):
+    def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]], lr: float):
         super().__init__(params, {"lr": lr, "weight_decay": 0.0})
 
     @torch.no_grad()

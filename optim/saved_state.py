@@ -10,12 +10,12 @@ from optim.masters import join_master, local
 from utils import UserError
 
 
-def named_state(state: dict[str, Any], optimizer: Any, student: nn.Module) -> dict[str, Any]:
+def named_state(state: dict[str, Any], optimizer: torch.optim.Optimizer, student: nn.Module) -> dict[str, Any]:
     """An optimizer's state dict with the parameters' names in the student, in the order of its indices."""
     return {**state, "names": parameter_names(optimizer, student)}
 
 
-def parameter_names(optimizer: Any, student: nn.Module) -> list[str]:
+def parameter_names(optimizer: torch.optim.Optimizer, student: nn.Module) -> list[str]:
     """Names, in the student, of an optimizer's parameters in their order."""
     names = {p: name for name, p in student.named_parameters()}
     return [names[p] for group in optimizer.param_groups for p in group["params"]]
@@ -23,7 +23,13 @@ def parameter_names(optimizer: Any, student: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def load_optimizer_state(
-    optimizer: Any, saved: dict[str, Any], student: nn.Module, *, same_kind: bool, same_dtype: bool, sharded: bool
+    optimizer: torch.optim.Optimizer,
+    saved: dict[str, Any],
+    student: nn.Module,
+    *,
+    same_kind: bool,
+    same_dtype: bool,
+    sharded: bool,
 ) -> None:
     """Give each parameter the state that it had; the groups' settings (rates, weight decay) stay this run's.
 

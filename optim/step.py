@@ -1,7 +1,6 @@
 """One update: unscale, clip, step, and skip it where a gradient is not finite."""
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +9,10 @@ from optim.masters import _SkippingOptimizer
 
 
 def clip_and_step(
-    optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], grad_clip: float, scaler: Any = None
+    optimizer: torch.optim.Optimizer,
+    parameters: Iterable[nn.Parameter],
+    grad_clip: float,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One update with gradients clipped to norm `grad_clip`; returns (norm before clipping, 1.0 if skipped).
 
@@ -52,7 +54,7 @@ def gradient_norm(gradients: list[Tensor]) -> Tensor:
     return total.float()
 
 
-def _update_loss_scale(scaler: Any, overflowed: bool) -> None:
+def _update_loss_scale(scaler: torch.amp.GradScaler, overflowed: bool) -> None:
     """GradScaler's own rule: halve on overflow, double after `growth_interval` good updates."""
     state = scaler.state_dict()
     if overflowed:

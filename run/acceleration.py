@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,8 +16,10 @@ from hardware.fp8 import check_fp8, quantise_teacher_fp8
 from hardware.ranks import Ranks
 from hardware.recomputation import set_activation_checkpointing
 from hardware.settings import StepSettings
+from models import LlambaForCausalLM
 from optim.build import build_optimizer
 from optim.moments import block_length
+from run.pair import Models
 from trainer import to_device
 
 log = logging.getLogger(__name__)
@@ -40,13 +41,13 @@ def step_settings(args: Arguments) -> StepSettings:
     )
 
 
-def captures(args: Arguments, models: Any, ranks: Ranks) -> bool:
+def captures(args: Arguments, models: Models, ranks: Ranks) -> bool:
     """CUDA graphs are on by default where one device does everything and gradients go the ordinary way."""
     alone = ranks.alone and models.device == models.teacher_device
     return alone and compiles(args) and not (args.no_cuda_graphs or args.update_in_backward or args.document_reset)
 
 
-def accelerate(args: Arguments, models: Any, modes: str | Sequence[str]) -> None:
+def accelerate(args: Arguments, models: Models, modes: str | Sequence[str]) -> None:
     """Apply checkpointing, the fp8 teacher and compilation to a pair (`build.Models`), in place."""
     set_activation_checkpointing(models.student, modes)
     if args.teacher_fp8 and models.teacher is not None:
@@ -62,7 +63,7 @@ def accelerate(args: Arguments, models: Any, modes: str | Sequence[str]) -> None
         compile_layers(model)
 
 
-def try_step(args: Arguments, models: Any) -> None:
+def try_step(args: Arguments, models: Models) -> None:
     """Everything compiled, once, at the shapes of the run: the KD stages' own micro step, and an update.
 
     If anything fails to compile, everything runs eagerly, and `args.no_compile` says so from then on. On every rank
@@ -98,7 +99,7 @@ def trial_batch(args: Arguments, device: torch.device) -> DeviceBatch:
     return to_device(Batch(tokens, valid, positions, []), device, {}, non_blocking=False)
 
 
-def _try_optimizer(args: Arguments, student: Any) -> None:
+def _try_optimizer(args: Arguments, student: LlambaForCausalLM) -> None:
     """An update of a small tensor of each kind of block that the matrices divide into, and a linear layer's."""
     matrices = [p for p in student.parameters() if p.requires_grad and p.ndim > 1]
     kinds = {(block_length(p) or 64, p.dtype, p.device) for p in matrices}

@@ -3,7 +3,6 @@
 import gc
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,8 @@ from models import LlambaForCausalLM
 from run import sharded_build
 from run.acceleration import accelerate, compiles, try_step
 from run.inputs import Inputs, fetch
+from run.pair import Models
 from run.plan import stage_names
-from run.text import RunText
 from utils import FROM_TEACHER, auto_layers
 
 log = logging.getLogger(__name__)
@@ -48,27 +47,9 @@ CHOICE_MADE_FOR = (
 ).split()
 
 
-@dataclass
-class Models:
-    """The pair, the text that it learns from, and how the student's parts are run."""
-
-    teacher: PreTrainedModel | None  # None where nothing from here on needs it
-    student: LlambaForCausalLM
-    text: RunText
-    device: torch.device
-    teacher_device: torch.device
-    dtype: torch.dtype
-    teacher_head: torch.Tensor | None = None  # [V, d] on the student's device, wherever the teacher goes
-    step: Any = None  # the student with its loss; from `distribute` on under DDP or FSDP2
-    hidden_states: Teacher | None = None  # where the teacher's come from
-    whole_gradients: bool = False  # sharded: each rank keeps them whole until an optimizer step's last micro step
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.text.tokenizer
-
-
-def build_models(args: Arguments, student_source: str, inputs: Inputs, devices: Any, ranks: Ranks) -> Models:
+def build_models(
+    args: Arguments, student_source: str, inputs: Inputs, devices: tuple[torch.device, torch.device], ranks: Ranks
+) -> Models:
     """Load the pair and do the surgery, unless the student is a checkpoint that already had it."""
     if starts_sharded(args, inputs, ranks):
         return build_sharded(args, student_source, inputs, devices, ranks)
@@ -123,7 +104,9 @@ def build_models(args: Arguments, student_source: str, inputs: Inputs, devices: 
     return models
 
 
-def auto_choice(args: Arguments, teacher: Any, student: Any, open_text: Callable[[], TextLoader]) -> list[int]:
+def auto_choice(
+    args: Arguments, teacher: PreTrainedModel, student: LlambaForCausalLM, open_text: Callable[[], TextLoader]
+) -> list[int]:
     """`distill.layer_choice.choose_layers` as the flags have it."""
     count = auto_layers(args.layers)
     assert count is not None
@@ -154,7 +137,9 @@ def starts_sharded(args: Arguments, inputs: Inputs, ranks: Ranks) -> bool:
     return not found
 
 
-def build_sharded(args: Arguments, student_source: str, inputs: Inputs, devices: Any, ranks: Ranks) -> Models:
+def build_sharded(
+    args: Arguments, student_source: str, inputs: Inputs, devices: tuple[torch.device, torch.device], ranks: Ranks
+) -> Models:
     """`build_models` for FSDP2: sharded on the meta device, then each rank reads its own rows."""
     device, teacher_device = devices
     commits = dict(inputs.text.origins.commits)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from arguments import Arguments, NotGiven
 from checkpoints.origins import Origins
@@ -142,7 +143,7 @@ def teacher_need(args: Arguments, names: Collection[str], *, fresh: bool) -> Tea
 
 
 def settle_parallel(
-    teacher: Any,
+    teacher: PreTrainedConfig,
     student: LlambaConfig,
     args: Arguments,
     way: str,
@@ -174,7 +175,7 @@ def settle_parallel(
     return "fsdp", estimate
 
 
-def check_devices(args: Any, ranks: Any) -> tuple[torch.device, torch.device]:
+def check_devices(args: Arguments, ranks: Ranks) -> tuple[torch.device, torch.device]:
     """(student's device, the one that the teacher is loaded on); under torchrun `args.device` becomes the rank's own.
 
     A `--teacher_device` under torchrun serves all ranks of a host, so no rank may have it for its student.

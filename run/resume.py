@@ -49,7 +49,7 @@ class Change:
         return f"--{self.name} was {_shown(self.before)} and is {_shown(self.after)}"
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else "''" if value == "" else str(value)
 
 

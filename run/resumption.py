@@ -11,6 +11,7 @@ from checkpoints.run_state import read_metadata, read_trainer_state, set_rng_sta
 from distill.forms import Progress, Stage
 from hardware.parallel import copy_rows, is_sharded
 from hardware.ranks import Ranks
+from models import LlambaForCausalLM
 from optim.saved_state import load_optimizer_state
 from optim.schedule import Phases
 from run.plan import sequences_a_step
@@ -81,7 +82,7 @@ class Resumption:
                 "longer stage it would begin later", name, phases.decay, done,
             )  # fmt: skip
 
-    def put_back(self, stage: Stage, student: Any) -> None:
+    def put_back(self, stage: Stage, student: LlambaForCausalLM) -> None:
         """Weights, optimizer, loss scale, text and random generators as they were, onto the first stage that runs.
 
         At the end of the stage before it only weights (a file may hold them rounded) and random generators are.
@@ -111,7 +112,7 @@ class Resumption:
 
 
 @torch.no_grad()
-def restore_weights(student: Any, weights: dict[str, torch.Tensor]) -> None:
+def restore_weights(student: LlambaForCausalLM, weights: dict[str, torch.Tensor]) -> None:
     """Write whole tensors into a student's parameters, or each rank's rows of them into its shards.
 
     A frozen one may be the teacher's own memory: it gets its own before it is written to.

@@ -231,16 +231,17 @@ class Session:
             log.warning("--sample_interval: a sharded student writes no samples")
             self.prompts = []
             return
-        if not self.teachers_samples:  # greedy and frozen: always the same
+        if not self.teachers_samples and models.teacher is not None:  # greedy and frozen: always the same
             self.teachers_samples = continuations(models.teacher, models.tokenizer, prompts)
-        ours = continuations(models.student, models.tokenizer, prompts)
-        rows = [list(row) for row in zip(prompts, ours, self.teachers_samples)]
+        written = continuations(models.student, models.tokenizer, prompts)
+        rows = [list(row) for row in zip(prompts, written, self.teachers_samples)]
         self.tracker.samples(["prompt", "student", "teacher"], rows, step=step)
 
     def evaluate(self, progress: Progress) -> dict[str, float]:
         """Held-out figures as `eval/...` (the teacher's own once); a new best KL makes a save due."""
         assert self.models is not None
         args, models = self.args, self.models
+        assert models.hidden_states is not None and models.teacher_head is not None  # --eval_dataset needs them
         ranks, pair = self.ranks, (models.step, models.hidden_states, models.teacher_head)
         batches = ranks.together(models.text.held_out_loader)
         figures = figures_of(

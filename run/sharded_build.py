@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from arguments import Arguments
 from distill.initialization import (
@@ -40,6 +40,7 @@ from model_utils import (
 )
 from models import LlambaConfig, LlambaForCausalLM
 from models.modeling_llamba import LlambaMixer
+from run.pair import Models
 from utils import FROM_TEACHER, UserError
 
 log = logging.getLogger(__name__)
@@ -108,7 +109,9 @@ def meta_pair(args: Arguments, sources: Sources, device: torch.device, need: str
     return teacher, student
 
 
-def meta_teacher(args: Arguments, sources: Sources, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
+def meta_teacher(
+    args: Arguments, sources: Sources, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
+) -> Any:
     """A teacher whose layers are on the meta device; embedding, final norm and head are read, whole."""
     config = copy.deepcopy(config)
     with torch.device("meta"):
@@ -124,7 +127,7 @@ def meta_teacher(args: Arguments, sources: Sources, config: Any, dtype: torch.dt
     return teacher
 
 
-def read_teacher(sources: Sources, model: Any, prefix: str = "") -> None:
+def read_teacher(sources: Sources, model: nn.Module, prefix: str = "") -> None:
     """Fill a teacher's parameters, or this rank's rows, from its files; `prefix` leads from its names to theirs."""
     files = WeightFiles(Path(sources.teacher_folder))
     plain = "model.embed_tokens.weight" not in files  # a backbone saved alone
@@ -135,8 +138,8 @@ def read_teacher(sources: Sources, model: Any, prefix: str = "") -> None:
     )
 
 
-def fill(sources: Sources, models: Any, calibration: Callable[[], torch.Tensor]) -> None:
-    """Memory and values for a sharded pair's own rows (`models`: a `run.build.Models` after `distribute`)."""
+def fill(sources: Sources, models: Models, calibration: Callable[[], torch.Tensor]) -> None:
+    """Memory and values for a sharded pair's own rows (`models`: a `run.pair.Models` after `distribute`)."""
     teacher, student = models.teacher, models.student
     if teacher is not None:
         for index, layer in enumerate(teacher.model.layers):
@@ -148,6 +151,7 @@ def fill(sources: Sources, models: Any, calibration: Callable[[], torch.Tensor])
     if not fresh:
         read_student(sources, student, own, fresh)
         return
+    assert teacher is not None
     given = transferred(student, teacher)
     if sources.builds:
         start_mixers(student, teacher, calibration().to(models.teacher_device))
@@ -162,7 +166,7 @@ def is_fresh(sources: Sources) -> bool:
     return not is_distilled(student_sizes(sources))
 
 
-def transferred(student: Any, teacher: Any) -> set[str]:
+def transferred(student: LlambaForCausalLM, teacher: PreTrainedModel) -> set[str]:
     """Copy the teacher's rows into transferred and replaced tensors; returns their names in the student."""
     targets = dict(student.named_parameters(remove_duplicate=False))
     written = set()
@@ -175,7 +179,7 @@ def transferred(student: Any, teacher: Any) -> set[str]:
     return written
 
 
-def read_student(sources: Sources, student: Any, wanted: dict[str, Any], fresh: bool) -> None:
+def read_student(sources: Sources, student: LlambaForCausalLM, wanted: dict[str, Any], fresh: bool) -> None:
     """Fill parameters from a student's files, in which nothing may be missing or without a place.
 
     fresh: of published mixers those of replaced layers have none, and are passed over.
@@ -192,7 +196,7 @@ def read_student(sources: Sources, student: Any, wanted: dict[str, Any], fresh: 
 
 
 @torch.no_grad()
-def start_mixers(student: Any, teacher: Any, tokens: torch.Tensor) -> None:
+def start_mixers(student: LlambaForCausalLM, teacher: PreTrainedModel, tokens: torch.Tensor) -> None:
     """`distill.initialization`'s start and calibration for shards; tokens int64 [b, t] on the teacher's device."""
 
     def gathered(layer: Any, *given: Any) -> Any:
@@ -205,7 +209,7 @@ def start_mixers(student: Any, teacher: Any, tokens: torch.Tensor) -> None:
         return hidden
 
     errors = []
-    weight = student.backbone.embedding.weight
+    weight: Any = student.backbone.embedding.weight
     for visit in visit_layers(teacher.model, tokens, halves=(gathered, finished)):
         if visit.index in student.config.attention_layers:
             continue
@@ -214,7 +218,8 @@ def start_mixers(student: Any, teacher: Any, tokens: torch.Tensor) -> None:
         mixer.to_empty(device=weight.device)
         start_mixer(mixer, visit.attention, teacher.config)
         errors.append(calibrate_mixer(mixer, visit))
-        places = dict(student.backbone.layers[visit.index].mixer.named_parameters())
+        own: Any = student.backbone.layers[visit.index].mixer
+        places = dict(own.named_parameters())
         for name, whole in mixer.named_parameters():
             copy_rows(places[name], whole)
         del mixer, whole, places

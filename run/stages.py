@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from arguments import Arguments
+from data import TextLoader
 from distill.distillation import DistillationStep, kd_micro_step
 from distill.forms import Stage
 from distill.gradient_check import without_gradient
@@ -25,7 +26,7 @@ def build_stage(
     args: Arguments,
     name: str,
     models: Models,
-    loader: Any,
+    loader: TextLoader,
     phases: Phases,
     ranks: Ranks,
     way: str = "none",
@@ -102,6 +103,7 @@ def alignment(args: Arguments, name: str, models: Models) -> tuple[Any, nn.Modul
     """(micro step, what it trains) of the "matrix" or "hidden" stage."""
     half = torch.float16 if models.dtype == torch.float16 else None
     tokens = models.text.calibration_tokens(name)
+    assert models.teacher is not None
     align = AlignmentStep(name, models.teacher, models.student, tokens, autocast=half, compile=compiles(args))
     return align, trained_mixers(models.student)
 

@@ -146,7 +146,7 @@ class Tracker:
 
         self._wandb(send)
 
-    def _wandb(self, send: Any) -> None:
+    def _wandb(self, send: Callable[[Any], None]) -> None:
         """Training outlives W&B: a failure to report is one warning, and reporting ends."""
         if self.wandb is None:
             return

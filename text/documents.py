@@ -11,11 +11,15 @@ import itertools
 import re
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from utils import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
 
 PIECE = 1 << 15  # characters; longer texts are split where that does not change their tokens
 WINDOW = 1 << 23  # bytes of a long text that are decoded at a time
@@ -44,7 +48,7 @@ class BadDocument(ValueError):
     """A document that cannot be turned into tokens; the message says why."""
 
 
-def separator_id(tokenizer: Any) -> int:
+def separator_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     """The token after every document: `<|end_of_text|>`, else `<|endoftext|>`, else eos (DESIGN, Settled)."""
     vocabulary = tokenizer.get_vocab()
     for name in SEPARATORS:
@@ -55,7 +59,7 @@ def separator_id(tokenizer: Any) -> int:
     return tokenizer.eos_token_id
 
 
-def plain_backend(tokenizer: Any) -> Any:
+def plain_backend(tokenizer: "PreTrainedTokenizerBase") -> Any:
     """A copy of the fast tokenizer's backend that reads special tokens' names as text; one copy a tokenizer."""
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{type(tokenizer).__name__} is no fast tokenizer; the data loader needs one")
@@ -70,7 +74,7 @@ def plain_backend(tokenizer: Any) -> Any:
     return _copies[tokenizer]
 
 
-def start_ids(backend: Any) -> np.ndarray:
+def start_ids(backend: "Tokenizer") -> np.ndarray:
     """What the tokenizer itself puts before a text, int32: Llama 3's is its BOS, SmolLM2's is empty."""
     found = backend.encode("a")
     added = itertools.takewhile(lambda pair: pair[1], zip(found.ids, found.special_tokens_mask))
@@ -80,7 +84,7 @@ def start_ids(backend: Any) -> np.ndarray:
 class DocumentEncoder:
     """Turns values of a text or conversations column into segments, and segments into ids."""
 
-    def __init__(self, tokenizer: Any, chat: bool = False, started: bool = True):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", chat: bool = False, started: bool = True):
         """`started` False leaves out the tokenizer's own start of a text, as runs begun before that rule do."""
         self.tokenizer, self.chat = tokenizer, chat
         self.backend = plain_backend(tokenizer)
@@ -96,7 +100,7 @@ class DocumentEncoder:
         self.template_ids = functools.lru_cache(1024)(self._template_ids)
         self.template_parts = functools.lru_cache(256)(self._template_parts)
 
-    def segments(self, value: Any) -> Iterable[Segment]:
+    def segments(self, value: object) -> Iterable[Segment]:
         """Segments of one document, the separator last; none for an empty document. A text is split as it is used.
 
         A text begins with the tokenizer's own start (nothing for some); a conversation is its template's output.
@@ -129,7 +133,7 @@ class DocumentEncoder:
             raise BadDocument(f"invalid Unicode: half a surrogate pair at character {error.start}") from error
         return split_text(text, self.boundary)
 
-    def _conversation(self, turns: Any) -> list[Segment]:
+    def _conversation(self, turns: object) -> list[Segment]:
         messages = read_turns(turns)
         if all(not message["content"] or message["content"].isspace() for message in messages):
             return []
@@ -153,9 +157,11 @@ class DocumentEncoder:
         from jinja2 import TemplateError
 
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, date_string=DATE)
+            rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, date_string=DATE)
         except (TemplateError, ValueError, TypeError, KeyError) as error:
             raise BadDocument(f"the chat template refuses this conversation: {error}") from error
+        assert isinstance(rendered, str)
+        return rendered
 
     def _template_parts(self, roles: tuple[str, ...]) -> list[str] | None:
         """The template's own text before, between and after the messages, for conversations with these roles."""
@@ -183,7 +189,7 @@ def ids_of(encoding: Any) -> np.ndarray:
     return np.fromiter(encoding.ids, dtype=np.int32, count=len(encoding))
 
 
-def read_turns(turns: Any) -> list[dict[str, str]]:
+def read_turns(turns: object) -> list[dict[str, str]]:
     """OpenHermes' turns ({from, value}; human, gpt) as messages ({role, content}); raises `BadDocument`."""
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise BadDocument(f"no list of turns but {type(turns).__name__}")
@@ -220,7 +226,7 @@ def match_contents(rendered: str, parts: list[str], contents: list[str]) -> list
     return found if at == len(rendered) else None
 
 
-def find_boundary(backend: Any) -> re.Pattern[str] | None:
+def find_boundary(backend: "Tokenizer") -> re.Pattern[str] | None:
     """Where this tokenizer's text can be split without changing its tokens; None: not known.
 
     Byte-level tokenizers (Llama 3, SmolLM2) start a token at the space between two words, so the space stays with
@@ -235,7 +241,7 @@ def find_boundary(backend: Any) -> re.Pattern[str] | None:
     return None
 
 
-def _ids(backend: Any, text: str) -> list[int]:
+def _ids(backend: "Tokenizer", text: str) -> list[int]:
     return backend.encode(text, add_special_tokens=False).ids
 
 

@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from text.pass_share import PassShare
 from text.row_readers import BadData
 from text.text_sources import TEXT_VERSION, Position, SourceSpec, TextSource, TextTable, load_table, open_source
 from utils import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +119,7 @@ class StreamedBlocks:
         return Block(start, rows, *(shares or ()))
 
 
-def _characters(value: Any) -> int:
+def _characters(value: object) -> int:
     if isinstance(value, list):
         return sum(len(str(turn)) for turn in value)
     return len(value) if isinstance(value, str | bytes | memoryview) else 0
@@ -174,7 +177,7 @@ class PackedTextDataset(IterableDataset):
     def __init__(
         self,
         spec: SourceSpec,
-        tokenizer: Any,
+        tokenizer: "PreTrainedTokenizerBase",
         *,
         seq_length: int,
         seed: int = 42,
@@ -191,7 +194,7 @@ class PackedTextDataset(IterableDataset):
         self.blocks = self._make_blocks()
         self._check_enough()
 
-    def _make_encoder(self, tokenizer: Any) -> DocumentEncoder:
+    def _make_encoder(self, tokenizer: "PreTrainedTokenizerBase") -> DocumentEncoder:
         return DocumentEncoder(tokenizer, self.source.chat, started=self.spec.version > 1)
 
     def _make_blocks(self) -> StreamedBlocks | TableBlocks:
@@ -260,7 +263,7 @@ class PackedTextDataset(IterableDataset):
                     yield Piece(at._replace(segment=number), segment, name, ends, skipped, block.share(index))
                     skipped = {}
 
-    def _segments(self, value: Any, name: str, skipped: dict[str, int]) -> Iterable[Segment]:
+    def _segments(self, value: object, name: str, skipped: dict[str, int]) -> Iterable[Segment]:
         try:
             if isinstance(value, BadData):
                 raise value

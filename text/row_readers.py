@@ -13,7 +13,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -261,7 +261,7 @@ class Unzipped(io.RawIOBase):
     Seeking decompresses from the start, always in the same steps, so that a damage is met at the same place.
     """
 
-    def __init__(self, handle: Any):
+    def __init__(self, handle: BinaryIO):
         self.handle = handle
         self._rewind()
 
@@ -314,7 +314,7 @@ class Unzipped(io.RawIOBase):
         return True
 
 
-def _line_records(stream: Any, offset: int) -> Iterator[tuple[int, int, bytes]]:
+def _line_records(stream: BinaryIO, offset: int) -> Iterator[tuple[int, int, bytes]]:
     for line in stream:
         yield offset, offset + len(line), line
         offset += len(line)
@@ -324,7 +324,7 @@ class _BrokenArray(ValueError):
     """The text is no JSON array any more."""
 
 
-def _array_records(stream: Any, offset: int) -> Iterator[tuple[int, int, bytes]]:
+def _array_records(stream: BinaryIO, offset: int) -> Iterator[tuple[int, int, bytes]]:
     """Elements of one JSON array, read piece by piece (OpenHermes-2.5 is one array of 2 GB).
 
     JSON's structure is ASCII, so that decoding as latin-1 finds the elements with one character a byte.

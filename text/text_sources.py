@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from hub.hub_files import DataStreamLost, HubFile, Patience, cache_folders, cached_files, list_hub_files
 from text.row_readers import BadData, TextFile, column_types, data_format, plain_value
@@ -339,7 +339,7 @@ def load_table(source: TextSource) -> TextTable:
     return TextTable(path, source.chat)
 
 
-def _write(source: TextSource, handle: Any) -> None:
+def _write(source: TextSource, handle: IO[bytes]) -> None:
     import pyarrow as pa
 
     schema = pa.schema([("text", pa.large_string()), ("name", pa.string()), ("bad", pa.bool_())])
@@ -352,7 +352,7 @@ def _write(source: TextSource, handle: Any) -> None:
     os.fsync(handle.fileno())
 
 
-def _stored(value: Any, name: str, chat: bool) -> tuple[str | bytes | None, str, bool]:
+def _stored(value: object, name: str, chat: bool) -> tuple[str | bytes | None, str, bool]:
     if isinstance(value, BadData):
         return str(value), name, True
     if value is not None and chat:
