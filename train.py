@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from run.session import Session
 
 log = logging.getLogger("train")
-RANK_LOST = 5  # exit status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,7 +69,9 @@ def distill(args: Arguments, ranks: "Ranks") -> int:
     """Check -> build -> stages -> close."""
     from checkpoints.lock import RunLock
     from hardware.devices import enable_determinism, seed_everything
+    from run.beginning import Beginning
     from run.build import build_models
+    from run.failure import failure_status, memory_advice
     from run.inputs import check_devices, check_inputs
     from run.plan import stage_names
     from run.session import Session
@@ -88,19 +89,21 @@ def distill(args: Arguments, ranks: "Ranks") -> int:
         ranks.first(lambda: held.enter_context(lock) and None)
         signals = held.enter_context(StopSignals())
         signals.leave_at_once = True  # nothing to save before the first step
-        session = ranks.together(lambda: Session(args, signals, ranks, lock))
+        begun = ranks.together(lambda: Beginning(args, ranks, lock))
+        advice = functools.partial(memory_advice, args)
         try:
-            if session.finished:
+            if begun.finished:
                 log.info("%s holds a finished run: nothing to do", args.output_dir)
                 return 0
-            names = session.stages_left(stage_names(args))
-            student, origins = session.student_source, session.origins
-            inputs = ranks.together(lambda: check_inputs(args, student, names, origins, ranks))
-            session.estimate, text = inputs.estimate, inputs.text
-            loaders = ranks.together(lambda: text.open(names, fresh=session.resumed is None))
-            ranks.together(lambda: session.check_position(loaders, text))
+            names, origins = begun.stages_left(stage_names(args)), begun.origins
+            inputs = ranks.together(lambda: check_inputs(args, begun.student_source, names, origins, ranks))
+            advice = functools.partial(memory_advice, args, inputs.estimate)
+            loaders = ranks.together(lambda: inputs.text.open(names, fresh=begun.resumed is None))
+            ranks.together(lambda: begun.check_position(loaders, inputs.text))
             origins.check_same(ranks.gather(origins.commits))
-            session.models = ranks.together(lambda: build_models(args, student, inputs, devices, ranks))
+            models = ranks.together(lambda: build_models(args, begun.student_source, inputs, devices, ranks))
+            advice = functools.partial(memory_advice, args, inputs.estimate, models)
+            session = Session(begun, signals, models)
             ranks.together(session.begin)
             signals.leave_at_once = False
             for name in names:
@@ -111,11 +114,11 @@ def distill(args: Arguments, ranks: "Ranks") -> int:
                     )
                     if not run_stage(stage, session.progress, session.services()):
                         return session.stopped()
-            session.save_final()
+            session.saving.save_final()
         except Exception as error:
-            return failure_status(error, session)
+            return failure_status(error, begun, advice)
         finally:
-            session.close()
+            begun.close()
         log.info("finished: %s", Path(args.output_dir) / "final")
     return 0
 
@@ -124,47 +127,13 @@ def prepare_stage(args: Arguments, name: str, session: "Session", inputs: "Input
     """A stage at its beginning, or where an interrupted one stood."""
     from run.stages import build_stage
 
-    assert session.models is not None
-    models, phases = session.models, session.phases(name, inputs.text)
-    done, known = session.steps_done(name), session.stretches(name, phases)
+    models, phases = session.models, session.begun.phases(name, inputs.text)
+    done, known = session.begun.steps_done(name), session.begun.stretches(name, phases)
     stage = build_stage(
         args, name, models, loader, phases, session.ranks, inputs.parallel, done=done, stretches=known
     )
     session.enter(stage)
     return stage
-
-
-def failure_status(error: Exception, session: "Session") -> int:
-    """One line for what a run cannot go on from, and its exit status; anything unexpected is raised again."""
-    from checkpoints.lock import LockTaken
-    from distill.gradient_check import UntrainedTensors
-    from distill.meter import TooManyBadSteps
-    from hardware.memory import is_out_of_memory
-    from hardware.ranks import RankFailed, SharedMistake, is_loss_of_rank
-    from hub.hub_files import DataStreamLost
-
-    if isinstance(error, SharedMistake):
-        session.leave_together()
-        raise error
-    if is_out_of_memory(error):
-        log.error(session.memory_advice())
-        session.ranks.report(error)
-        return 3
-    reported = session.ranks.reported()
-    if isinstance(error, TooManyBadSteps | DataStreamLost | LockTaken | RankFailed | UntrainedTensors):
-        session.leave_together()
-        own = error.__cause__ if isinstance(error, RankFailed) else None  # what failed on this rank
-        if own is not None and not isinstance(own, DataStreamLost | LockTaken | TooManyBadSteps):
-            log.error("what went wrong on this rank:", exc_info=own)
-        saved = session.store.folder.complete()
-        log.error("stopped, %s: %s", "with a checkpoint" if saved else "before the first checkpoint", error)
-        return 4
-    if not session.ranks.alone and is_loss_of_rank(error):
-        saved = session.store.folder.complete()
-        last = f"the last checkpoint is {saved[0].name if saved else 'none yet'}"
-        log.error("another rank is gone%s; %s", f" ({reported})" if reported else "", last)
-        return 4 if reported else RANK_LOST
-    raise error
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {"arguments", "data", "model_utils", "trainer", "utils"}  # files in the root that are no scripts
 GROUND = {"models", "utils"}  # import nothing of the project but their own
-DRAWN = ("run.session", "plot_metrics")  # the one script that is also called: a run draws its losses at its end
+DRAWN = ("run.saving", "plot_metrics")  # the one script that is also called: a run draws its losses at its end
 ROOT_FILES = 14
 LINES = 400
 

@@ -9,7 +9,7 @@ import train
 from checkpoints.run_state import read_metadata
 from helpers import runs
 from helpers.checkpoint_tools import flip_bit
-from run import session
+from run import saving
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +20,7 @@ ALONE = dict(SMALL, skip_stage2=True)
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
-    monkeypatch.setattr(session, "plot_runs", lambda *_: None)
+    monkeypatch.setattr(saving, "plot_runs", lambda *_: None)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 import train
 from checkpoints.run_state import read_metadata
 from helpers import runs
-from run import session
+from run import saving
 
 pytestmark = pytest.mark.slow
 
@@ -14,7 +14,7 @@ SMALL = dict(seq_length=32, batch_size=1, max_steps=3, skip_stage2=True)
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
-    monkeypatch.setattr(session, "plot_runs", lambda *_: None)
+    monkeypatch.setattr(saving, "plot_runs", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import train
 from checkpoints.run_state import read_trainer_state
 from helpers import runs
 from optim.masters import join_master
-from run import session
+from run import saving
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +20,7 @@ OPTIONS = dict(
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
-    monkeypatch.setattr(session, "plot_runs", lambda *_: None)
+    monkeypatch.setattr(saving, "plot_runs", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

@@ -147,7 +147,7 @@ def test_a_run_begun_before_goes_on_as_it_was_made(tmp_path, bos_teacher, source
     flags = dict(OPTIONS, eval_dataset=sources["heldout"], eval_tokens=128, hidden_tokens=256, diagnostics_interval=0)
     line = lambda name: runs.flags(bos_teacher, sources, tmp_path / name, **flags)  # noqa: E731
     with monkeypatch.context() as before:
-        before.setattr("run.session.Origins", functools.partial(Origins, text_version=1))
+        before.setattr("run.beginning.Origins", functools.partial(Origins, text_version=1))
         assert train.main(line("old")) == 0
     runs.copy_up_to(tmp_path / "old", "checkpoint-1", tmp_path / "resumed")
     checkpoint_tools.edit_metadata(tmp_path / "resumed" / "checkpoint-1", lambda found: found.pop("text_version"))

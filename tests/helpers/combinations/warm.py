@@ -70,10 +70,10 @@ def environments(ranks: int) -> list[dict[str, str]]:
 
 
 def _train(flags: list[str], at: Sequence[At]) -> int:
-    import run.session
+    import run.saving
     import train
 
-    run.session.plot_runs = lambda *_: None  # half of a tiny run's time
+    run.saving.plot_runs = lambda *_: None  # half of a tiny run's time
     plain, waiting = logging.getLogRecordFactory(), list(at)
 
     def watched(*arguments: Any, **named: Any) -> logging.LogRecord:

@@ -1,0 +1,94 @@
+"""What a run says of itself on the way: log lines, held-out figures, figures of each layer, samples."""
+
+import logging
+from typing import Any
+
+from distill.forms import DeviceBatch, Progress, Stage
+from evaluation.diagnostics import as_numbers, continuations, gradient_norms, layer_figures
+from evaluation.held_out import figures_of, held_out_sums
+from hardware.parallel import is_sharded, reshard
+from run.beginning import Beginning
+from run.pair import Models
+from run.signals import StopSignals
+from utils import format_line
+
+log = logging.getLogger(__name__)
+
+
+class Telling:
+    """Figures and samples of one run, in its log, `metrics.jsonl` and W&B."""
+
+    def __init__(self, begun: Beginning, signals: StopSignals, models: Models):
+        self.args, self.ranks, self.signals, self.models = begun.args, begun.ranks, signals, models
+        self.tracker, self.prompts = begun.tracker, begun.prompts
+        self.teachers_samples: list[str] = []
+
+    def log_metrics(self, step: int, figures: dict[str, Any]) -> None:
+        if not figures:  # of an evaluation that was cut short
+            return
+        if "train/loss" in figures:
+            log.info(format_line(figures))
+        elif "eval/kl" in figures:
+            log.info(
+                "held out: KL %.4f, top-1 %.1f%%, perplexity ratio %.3f",
+                figures["eval/kl"],
+                100 * figures["eval/top1_agreement"],
+                figures["eval/perplexity_ratio"],
+            )
+        self.tracker.log(figures, step=step)
+
+    def diagnose(self, progress: Progress, stage: Stage, batch: DeviceBatch) -> None:
+        """Every `--diagnostics_interval` steps: figures of each layer, before the update (`layers/...`)."""
+        interval, step = self.args.diagnostics_interval, progress.optimizer_step + 1
+        if interval and step % interval == 0:
+            self.ranks.together(lambda: self._diagnose(progress, stage, batch, step))
+
+    def _diagnose(self, progress: Progress, stage: Stage, batch: DeviceBatch, step: int) -> None:
+        student, teacher = self.models.student, self.models.teacher
+        figures = gradient_norms(student, stage.scaler.get_scale() if stage.scaler is not None else 1.0)
+        if self.ranks.is_first and not is_sharded(student):
+            found = layer_figures(student, teacher, batch.inputs, batch.position_ids)
+            aligning = stage.name in ("matrix", "hidden")  # which have decays of their own, on the teacher's inputs
+            figures |= {name: value for name, value in found.items() if not (aligning and "decay" in name)}
+        self.tracker.log({"train/tokens": progress.tokens, **as_numbers(figures)}, step=step)
+
+    def sample(self, progress: Progress) -> None:
+        """Every `--sample_interval` steps: what student and teacher write, side by side."""
+        interval, step = self.args.sample_interval, progress.optimizer_step
+        if interval and step % interval == 0:
+            self.ranks.together(lambda: self._sample(step) if self.prompts and self.ranks.is_first else None)
+
+    def _sample(self, step: int) -> None:
+        models, prompts = self.models, self.prompts
+        if is_sharded(models.student):
+            log.warning("--sample_interval: a sharded student writes no samples")
+            self.prompts = []
+            return
+        if not self.teachers_samples and models.teacher is not None:  # greedy and frozen: always the same
+            self.teachers_samples = continuations(models.teacher, models.tokenizer, prompts)
+        written = continuations(models.student, models.tokenizer, prompts)
+        rows = [list(row) for row in zip(prompts, written, self.teachers_samples)]
+        self.tracker.samples(["prompt", "student", "teacher"], rows, step=step)
+
+    def evaluate(self, progress: Progress) -> dict[str, float]:
+        """Held-out figures as `eval/...` (the teacher's own once); a new best KL makes a save due."""
+        args, models = self.args, self.models
+        assert models.hidden_states is not None and models.teacher_head is not None  # --eval_dataset needs them
+        ranks, pair = self.ranks, (models.step, models.hidden_states, models.teacher_head)
+        batches = ranks.together(models.text.held_out_loader)
+        figures = figures_of(
+            lambda batch: ranks.sum(ranks.together(lambda: held_out_sums(*pair, batch, models.device))),
+            ranks.in_step(batches),
+            args.eval_tokens,
+            stop=lambda: self.ranks.agree(self.signals.stop_requested)[0],
+        )
+        reshard(models.step)  # else a stage that begins now would train parameters that are thrown away
+        if not figures:
+            log.warning("the evaluation at step %d is left out: a signal asks to stop", progress.optimizer_step)
+            return {}
+        if progress.evaluation:
+            del figures["teacher_perplexity"]
+        progress.evaluation = {**progress.evaluation, **figures, "step": progress.optimizer_step}
+        if figures["kl"] < progress.best.get("kl", float("inf")):
+            progress.best = progress.evaluation
+        return {"train/tokens": progress.tokens, **{f"eval/{name}": value for name, value in figures.items()}}
