@@ -124,7 +124,7 @@ class Meter:
         return torch.stack([o if name in OWN_FIGURES else t for name, o, t in zip(self.sums, own.unbind(), total)])
 
     def _own_share(self, totals: dict[str, float]) -> dict[str, Any]:
-        """What this rank goes on from, so that sums over ranks stay what they are."""
+        """This rank's start from sums over all ranks: the first has them, others 0, so that they count once."""
         if self.stage.ranks.is_first:
             return dict(totals)
         return {name: value if name in OWN_FIGURES else 0.0 for name, value in totals.items()}

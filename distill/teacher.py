@@ -92,7 +92,7 @@ class Teacher:
     coming: tuple[DeviceBatch, Coming] | None = None
 
     def prepare(self, batch: DeviceBatch) -> None:
-        """Start on the batch that is asked for next; others may be asked for before it, and leave it as it is."""
+        """Start on the batch that is asked for next; an evaluation may ask for others before it without losing it."""
         self.coming = batch, self.start(batch)
 
     def hidden_states(self, batch: DeviceBatch) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a run shows of its inside at a low rate: figures of each layer, and text that both models write.
+"""Figures of each layer and samples of text from both models, taken every so many steps of a run.
 
 Both wait for the device, so they have intervals of their own; nothing here touches the random state, the gradients
 or the weights.

@@ -69,7 +69,7 @@ class CapturedMicroStep:
             parameter.grad = buffer
 
     def _capture(self, batch: DeviceBatch, grad_scale: Tensor) -> None:
-        """Record a step, without running it; what cannot be recorded is one warning line, and runs as it is."""
+        """Record a step without running it; one that cannot be recorded gives a warning and runs without a graph."""
         copies = {name: getattr(batch, name).clone() for name in ("inputs", "labels", "valid")}
         self.batch = replace(batch, **copies, source=None, following=None)
         self.scale = grad_scale.clone()

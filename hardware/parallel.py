@@ -47,7 +47,7 @@ def shard(step: Any, device: torch.device) -> nn.Module:
 
 
 def reshard(module: nn.Module) -> None:
-    """Free what forward passes without a backward pass left whole: `parameters()` are the shards again."""
+    """Shard what a forward pass without a backward pass left gathered: `parameters()` are shards again."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()

@@ -57,7 +57,7 @@ class UpdateInBackward:
         parameter.grad = None
 
     def end_step(self) -> tuple[Tensor, Tensor]:
-        """Update what autograd has not seen, and begin the next step; returns (norm, 1.0 if anything was skipped)."""
+        """Update what autograd gave no gradient (the head) and reset; returns (norm, 1.0 if any was skipped)."""
         for parameter in self.groups:
             self._update(parameter)
         norm = self.squares.sqrt()

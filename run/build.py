@@ -177,7 +177,7 @@ def build_sharded(
 
 
 def connect(args: Arguments, models: Models, ranks: Ranks) -> None:
-    """Make of the pair what steps and evaluations are made of: head, step, and where hidden states come from."""
+    """Give the pair its distillation step, the teacher's head, and the source of the teacher's hidden states."""
     if models.teacher is not None:
         # detached: a teacher that moves to another device takes its parameters along
         models.teacher_head = models.teacher.get_output_embeddings().weight.detach().to(models.device)
@@ -201,7 +201,10 @@ def serves_host(args: Arguments, ranks: Ranks) -> bool:
 
 
 def hidden_states(args: Arguments, models: Models, teacher: PreTrainedModel, ranks: Ranks) -> Teacher:
-    """Where the teacher's hidden states come from. A host's teacher moves to its device, and goes on other ranks."""
+    """The source of the teacher's hidden states.
+
+    With one teacher for a host, its first rank moves it to `--teacher_device`; the others drop their copy's layers.
+    """
     if args.teacher_device is None or ranks.alone:
         return OwnTeacher(teacher, models.device, every_layer=args.layer_weight > 0)
     place = torch.device(args.teacher_device)

@@ -95,7 +95,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class Start:
-    """What a run goes on from."""
+    """The checkpoint that a run resumes from, and the flags that differ from its own."""
 
     folder: Path
     finished: bool = False  # there is nothing to do

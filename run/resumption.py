@@ -1,4 +1,4 @@
-"""What of a checkpoint is put back: where the run stands, and the stage that it goes on in."""
+"""Put a checkpoint back: progress, weights, optimizer, loss scale, position in the text, random generators."""
 
 import logging
 from dataclasses import replace
@@ -56,7 +56,7 @@ class Resumption:
         log.info("resuming %s: %s, step %d", self.start.folder, stage, step)
 
     def phases(self, text: RunText) -> Phases:
-        """The steps of the interrupted stage: those of its warm-up are kept, and its length where it may be."""
+        """The steps of the interrupted stage: the warm-up keeps its number unless `--warmup_ratio` is changed."""
         args, warmup = self.args, self.standing.progress.stage_warmup
         total = resumed_length(self.standing, self.interrupted, text)
         kept = None if "warmup_ratio" in self.changed else warmup
