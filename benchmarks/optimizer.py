@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loss import extra_peak, milliseconds, show
 from torch import nn
 
+from benchmarks.loss import extra_peak, milliseconds, show
 from optim.build import build_optimizer, parameter_groups
 from optim.masters import BETAS
 from optim.step import clip_and_step, gradient_norm

@@ -19,6 +19,7 @@ from hardware.fp8 import Fp8Linear, check_fp8, fp8_product, quantise_teacher_fp8
 from hardware.memory import StepModel, describe_modes, estimate_memory, oom_advice
 from hardware.meta_models import meta_student, replaced_layers
 from hardware.recomputation import MODES, set_activation_checkpointing
+from helpers.teachers import big_pair
 from model_utils import (
     apply_replacements,
     as_teacher,
@@ -227,14 +228,6 @@ def test_each_mode_keeps_less_than_the_one_before(compiled, index):
         sizes.append(saved_bytes(meta, index, 2, 256, compiled, torch.float32))
     layer_input = 2 * 256 * 64 * 4
     assert sizes[0] > sizes[1] > sizes[2] and layer_input <= sizes[2] < 1.05 * layer_input
-
-
-def big_pair():
-    config = tiny_llama_config(
-        hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_key_value_heads=4, head_dim=64,
-        vocab_size=32000, num_hidden_layers=8, max_position_embeddings=65536,
-    )  # fmt: skip
-    return config, student_config(config)
 
 
 def test_weights_gradients_and_state_are_counted_exactly():

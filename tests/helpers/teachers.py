@@ -4,7 +4,7 @@ import torch
 from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config, Qwen3Config
 
 from conftest import tiny_llama_config
-from distill.initialization import student_from_teacher
+from distill.initialization import student_config, student_from_teacher
 from model_utils import apply_replacements, as_teacher, transfer_teacher_weights
 
 SIZES = {
@@ -46,3 +46,12 @@ def make_student(teacher, layers, expand=1):
     student = student_from_teacher(teacher, dtype=torch.float32, device="cpu", expand=expand)
     transfer_teacher_weights(student, teacher, layers)
     return apply_replacements(student, teacher, layers).eval()
+
+
+def big_pair():
+    """Configurations of a teacher and a student that are large enough for an estimate to tell its parts apart."""
+    config = tiny_llama_config(
+        hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_key_value_heads=4, head_dim=64,
+        vocab_size=32000, num_hidden_layers=8, max_position_embeddings=65536,
+    )  # fmt: skip
+    return config, student_config(config)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from test_acceleration import big_pair
 from transformers import AutoModelForCausalLM
 
 import train
@@ -10,6 +9,7 @@ from arguments import parse_arguments
 from evaluation.diagnostics import layer_figures
 from hardware.memory import estimate_memory
 from helpers import runs
+from helpers.teachers import big_pair
 from models import LlambaForCausalLM
 from run.acceleration import step_settings
 from run.inputs import teacher_need

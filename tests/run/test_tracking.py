@@ -164,10 +164,3 @@ def test_durations_and_lines():
     assert format_duration(90061) == "1d 01:01:01" and format_duration(float("inf")) == "?"
     line = format_line({"stage": "stage1", "stage_step": 3, "stage_total": 9, "train/loss": 1.5})
     assert line.startswith("stage1 3/9") and "\n" not in line
-
-
-def test_readme_lists_every_flag():
-    from arguments import markdown_table
-    from conftest import ROOT
-
-    assert markdown_table() in (ROOT / "README.md").read_text()
