@@ -112,6 +112,12 @@ class ModelsFlags:
         nargs="+",
     )
     expand: int = flag(1, "from_teacher: mixer heads for each attention head, at most 4", parse=whole(1, 4))
+    mixer: str = flag(
+        "llamba",
+        "from_teacher: llamba, as published; or mamba2, which scales by a step size, as engines serve it",
+        choices=["llamba", "mamba2"],
+    )
+    no_z_bias: bool = flag(False, "from_teacher: a gate without a bias")
     choice_tokens: int = flag(8192, "tokens of stage 1 or --choice_dataset for auto:K", parse=whole(1))
     choice_dataset: str = flag("", "text for auto:K other than stage 1's: hub id, folder or file")
     freeze_mlp: bool = flag(False, "do not train the MLPs")

@@ -126,13 +126,13 @@ def get_student_model(
     device: torch.device | str = "cpu",
     attn_implementation: str = "sdpa",
     local_files_only: bool = False,
-    expand: int = 1,
+    mixers: dict[str, Any] | None = None,
     revision: str | None = None,
 ) -> LlambaForCausalLM:
     """Load the student from a hub id or folder, or build it to the teacher's sizes (`from_teacher`).
 
-    attn_implementation: of the attention layers that a checkpoint of a hybrid holds. expand: mixer heads for each
-    attention head, with `from_teacher`. revision: commit of a hub id.
+    attn_implementation: of the attention layers that a checkpoint of a hybrid holds. mixers: with `from_teacher`,
+    what `distill.initialization.student_config` takes. revision: commit of a hub id.
     Raises `UserError` when the checkpoint is incomplete, has keys too few, too many or misshapen, or when its
     vocabulary or sizes do not fit the teacher's (where one is given).
     """
@@ -140,7 +140,7 @@ def get_student_model(
         from distill.initialization import student_from_teacher
 
         assert teacher is not None
-        return student_from_teacher(teacher, dtype=dtype, device=device, expand=expand)
+        return student_from_teacher(teacher, dtype=dtype, device=device, **(mixers or {}))
     require_model_folder(name)
     try:
         options: dict[str, Any] = dict(attn_implementation=attn_implementation, local_files_only=local_files_only)

@@ -34,7 +34,8 @@ def without_gradient(stage: str, *, seq_length: int, mixers: bool, hard_labels: 
     if not mixers and not hard_labels:
         return {"": "a student of replaced layers alone begins as its teacher"}
     if seq_length == 1:
-        return dict.fromkeys(("self_attn.q_", "self_attn.k_"), "a single position attends to itself alone")
+        attention = dict.fromkeys(("self_attn.q_", "self_attn.k_"), "a single position attends to itself alone")
+        return attention | dict.fromkeys(("A_log", "mixer.A_log"), "a single position forgets nothing")
     return {}
 
 

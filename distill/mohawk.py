@@ -162,8 +162,8 @@ def matrix_loss(
 
     u [b, t, d], target [b, H, t, t], size [H, 1].
     """
-    _, B, C, A_log, _, _ = mixer.project(u, resets)
-    given = ssd_matrix(A_log, B, C, resets).unflatten(1, (-1, target.shape[1])).sum(1)  # over a head's copies
+    _, B, C, log_decay, _, _ = mixer.project(u, resets)
+    given = ssd_matrix(log_decay, B, C, resets).unflatten(1, (-1, target.shape[1])).sum(1)  # over a head's copies
     distance = (given - target).square().sum(-1)  # [b, H, t]
     return (distance / size).mean(1), mean_decay(mixer, u)
 

@@ -27,7 +27,8 @@ ATTENTION_FIELDS = (
 class LlambaConfig(PreTrainedConfig):
     """Sizes of a Llamba model (arXiv 2502.14458); `attention_layers` and `attention_cfg` describe a hybrid.
 
-    `ssm_cfg`: d_state (N), n_v_heads (H), n_qk_heads (G), expand (d_inner / d_model), chunk_size, activation, bias.
+    `ssm_cfg`: d_state (N), n_v_heads (H), n_qk_heads (G), expand (d_inner / d_model), chunk_size, activation, bias,
+    and two of ours: mixer (llamba, or mamba2: see `LlambaMixer`), z_bias (False: the gate has none).
     `mlp_cfg`: intermediate_size, bias, act_fn. `attention_cfg`: the teacher's model_type and attention fields.
     Raises ValueError when H is not a multiple of G or d_inner not one of H.
     """
@@ -63,7 +64,8 @@ class LlambaConfig(PreTrainedConfig):
         self.norm_epsilon = norm_epsilon
         self.mlp_cfg: dict[str, Any] = {"intermediate_size": 14336, "bias": False, "act_fn": "silu"} | (mlp_cfg or {})
         defaults: dict[str, Any] = {"d_state": 64, "n_v_heads": 32, "n_qk_heads": 32, "expand": 1, "chunk_size": 128}
-        self.ssm_cfg: dict[str, Any] = defaults | {"activation": "identity", "bias": False} | (ssm_cfg or {})
+        defaults |= {"activation": "identity", "bias": False, "mixer": "llamba", "z_bias": True}
+        self.ssm_cfg: dict[str, Any] = defaults | (ssm_cfg or {})
         self.attention_layers = sorted(attention_layers or [])
         self.attention_cfg = attention_cfg
         self._check_heads()
@@ -74,6 +76,10 @@ class LlambaConfig(PreTrainedConfig):
         heads, groups = self.ssm_cfg["n_v_heads"], self.ssm_cfg["n_qk_heads"]
         if heads % groups:
             raise ValueError(f"ssm_cfg: n_v_heads {heads} is not a multiple of n_qk_heads {groups}")
+        if self.ssm_cfg["mixer"] not in ("llamba", "mamba2"):
+            raise ValueError(f"ssm_cfg: mixer {self.ssm_cfg['mixer']!r} is neither llamba nor mamba2")
+        if self.ssm_cfg["mixer"] == "mamba2" and heads != groups:
+            raise ValueError(f"ssm_cfg: a mamba2 mixer needs n_qk_heads {groups} to be n_v_heads {heads}")
         if self.d_inner % heads:
             raise ValueError(f"ssm_cfg: d_inner {self.d_inner} is not a multiple of n_v_heads {heads}")
         if self.attention_layers and self.attention_cfg is None:

@@ -63,7 +63,12 @@ class LlambaMLP(nn.Module):
 
 
 class LlambaMixer(nn.Module):
-    """Discrete Mamba-2: in_proj -> causal convolution -> state-space operator -> gate -> out_proj."""
+    """Mamba-2: in_proj -> causal convolution -> state-space operator -> gate -> out_proj.
+
+    `ssm_cfg["mixer"]`: "llamba", the discrete form that is published, log a_t = -softplus(A_log_t); or "mamba2", the
+    form of arXiv 2405.21060, which others serve: dt_t = softplus(raw_t + dt_bias), log a_t = -exp(A_log) dt_t, and
+    what enters the state is multiplied by dt_t (on B's side: each head has its own).
+    """
 
     def __init__(self, config: LlambaConfig):
         super().__init__()
@@ -75,7 +80,12 @@ class LlambaMixer(nn.Module):
         self.d_conv = self.d_inner + 2 * groups
         self.in_proj_rows = (self.d_inner, groups, groups, self.d_inner, self.n_v_heads)  # x, B, C, z, A_log
         self.in_proj = nn.Linear(config.d_model, sum(self.in_proj_rows), bias=ssm["bias"])
-        self.z_bias = nn.Parameter(torch.zeros(self.d_inner))
+        self.z_bias = nn.Parameter(torch.zeros(self.d_inner)) if ssm["z_bias"] else None
+        self.dt_bias: Any = None
+        self.A_log: Any = None
+        if ssm["mixer"] == "mamba2":
+            self.dt_bias = nn.Parameter(torch.zeros(self.n_v_heads))
+            self.A_log = nn.Parameter(torch.zeros(self.n_v_heads))
         self.conv1d: Any = nn.Conv1d(self.d_conv, self.d_conv, CONV_WIDTH, groups=self.d_conv, bias=True)
         self.D = nn.Parameter(torch.ones(self.n_v_heads))
         self.out_proj = nn.Linear(self.d_inner, config.d_model, bias=ssm["bias"])
@@ -84,11 +94,11 @@ class LlambaMixer(nn.Module):
     def project(
         self, u: Tensor, resets: Tensor | None = None, mask: Tensor | None = None, past: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """x [b,t,H,P], B and C [b,t,G,N], A_log [b,t,H], z [b,t,I], and the convolution's inputs [b,K-1+t,..].
+        """x [b,t,H,P], B and C [b,t,G,N], log a [b,t,H], z [b,t,I], and the convolution's inputs [b,K-1+t,..].
 
         u [b, t, d]; resets bool [b, t]; mask [b, t] is 0 at padding; past [b, K-1, I+2GN] precedes the sequence.
         """
-        xBC, z, A_log = self._project_in(u)
+        xBC, z, raw = self._project_in(u)
         if mask is not None:
             xBC = xBC * mask[..., None].to(xBC.dtype)
         padded = F.pad(xBC, (0, 0, CONV_WIDTH - 1, 0)) if past is None else torch.cat((past, xBC), dim=1)
@@ -99,10 +109,21 @@ class LlambaMixer(nn.Module):
         x, B, C = mixed.split([self.d_inner, groups, groups], dim=-1)
         x = x.unflatten(-1, (self.n_v_heads, self.d_head))
         B, C = (part.unflatten(-1, (self.n_qk_heads, self.d_state)) for part in (B, C))
-        return x, B, C, A_log, z, padded
+        log_decay, dt = self._log_decay(raw)
+        if dt is not None:
+            B = (B * dt[..., None]).to(B.dtype)
+        return x, B, C, log_decay, z, padded
+
+    def _log_decay(self, raw: Tensor) -> tuple[Tensor, Tensor | None]:
+        """log a_t and the step sizes dt_t (None for "llamba"), both [b, t, H] in float32 or better."""
+        wide = decay_dtype(raw.dtype)
+        if self.A_log is None:
+            return -F.softplus(raw.to(wide)), None
+        dt = F.softplus(raw.to(wide) + self.dt_bias.to(wide))
+        return -torch.exp(self.A_log.to(wide)) * dt, dt
 
     def _project_in(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """in_proj's xBC [b, t, I+2GN], z [b, t, I] and A_log [b, t, H].
+        """in_proj's xBC [b, t, I+2GN], z [b, t, I] and what the decays come from [b, t, H].
 
         Rows that are no multiple of 8 would make every product with them slow: they are filled up with zeros.
         """
@@ -113,8 +134,8 @@ class LlambaMixer(nn.Module):
             weight = F.pad(weight, (0, 0, 0, fill))
             bias = None if bias is None else F.pad(bias, (0, fill))
         projected = F.linear(u, weight, bias) if fill else self.in_proj(u)
-        xBC, z, A_log, _ = projected.split([self.d_conv, self.d_inner, self.n_v_heads, fill], dim=-1)
-        return xBC, z, A_log
+        xBC, z, raw, _ = projected.split([self.d_conv, self.d_inner, self.n_v_heads, fill], dim=-1)
+        return xBC, z, raw
 
     def _convolve(self, padded: Tensor, t: int, resets: Tensor | None) -> Tensor:
         """Causal depthwise convolution as K shifted products, which compile into one kernel with what surrounds it.
@@ -134,11 +155,10 @@ class LlambaMixer(nn.Module):
         return mixed
 
     def decays(self, u: Tensor) -> Tensor:
-        """a_t = exp(-softplus(A_log_t)) for inputs u [b, t, d]: [b, t, H], float32 or better."""
+        """a_t for inputs u [b, t, d]: [b, t, H], float32 or better."""
         rows = self.in_proj.weight[-self.n_v_heads :]
         bias = None if self.in_proj.bias is None else self.in_proj.bias[-self.n_v_heads :]
-        A_log = F.linear(u, rows, bias)
-        return torch.exp(-F.softplus(A_log.to(decay_dtype(u.dtype))))
+        return self._log_decay(F.linear(u, rows, bias))[0].exp()
 
     def forward(
         self,
@@ -151,19 +171,20 @@ class LlambaMixer(nn.Module):
         past = state = None
         if cache is not None and cache.is_initialized:
             past, state = cache.keys, cache.values
-        x, B, C, A_log, z, padded = self.project(u, resets, attention_mask, past)
+        x, B, C, log_decay, z, padded = self.project(u, resets, attention_mask, past)
         if state is not None and u.shape[1] == 1:
-            y, state = ssd_step(x[:, 0], A_log[:, 0], B[:, 0], C[:, 0], self.D, state)
+            y, state = ssd_step(x[:, 0], log_decay[:, 0], B[:, 0], C[:, 0], self.D, state)
             y = y[:, None]
         else:
             y, state = ssd_chunked(
-                x, A_log, B, C, self.D, chunk_size=self.chunk_size, resets=resets, initial_state=state
+                x, log_decay, B, C, self.D, chunk_size=self.chunk_size, resets=resets, initial_state=state
             )
         if cache is not None:
             # A copy: a view would keep the convolution's inputs of the whole prompt alive.
             cache.update(padded[:, -(CONV_WIDTH - 1) :].clone(), state)
             cache.cumulative_length += u.shape[1]
-        return self.out_proj(y.flatten(2) * F.silu(z + self.z_bias.to(z.dtype)))
+        z = z if self.z_bias is None else z + self.z_bias.to(z.dtype)
+        return self.out_proj(y.flatten(2) * F.silu(z))
 
 
 class LlambaBlock(GradientCheckpointingLayer):
@@ -201,7 +222,9 @@ class LlambaPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, LlambaMixer):
-            nn.init.zeros_(module.z_bias)
+            for name in ("z_bias", "dt_bias", "A_log"):
+                if getattr(module, name) is not None:
+                    nn.init.zeros_(getattr(module, name))
             nn.init.ones_(module.D)
 
 

@@ -1,6 +1,6 @@
 """The discrete Mamba-2 operator (state-space duality, arXiv 2405.21060), in plain torch.
 
-Per head, with a_t = exp(-softplus(A_log_t)):   S_t = a_t S_{t-1} + B_t (x) x_t,   y_t = C_t^T S_t + D x_t.
+Per head, with a_t = exp(l_t), l_t <= 0:   S_t = a_t S_{t-1} + B_t (x) x_t,   y_t = C_t^T S_t + D x_t.
 
 Shapes: b batch, t time, H heads, G groups of B and C (H a multiple of G), R = H / G heads a group, P head width,
 N state size, c chunks, Q chunk length. Decays are handled as cumulative sums of log a <= 0, in float32 or better;
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 def ssd_chunked(
     x: Tensor,
-    A_log: Tensor,
+    log_decay: Tensor,
     B: Tensor,
     C: Tensor,
     D: Tensor | None = None,
@@ -25,9 +25,9 @@ def ssd_chunked(
 ) -> tuple[Tensor, Tensor]:
     """Run the recurrence over a whole sequence in chunks: matrix products inside, states across.
 
-    x [b, t, H, P], A_log [b, t, H], B and C [b, t, G, N], D [H]; resets bool [b, t] (True where a document starts:
-    nothing before it is seen); initial_state [b, H, N, P]. Returns y [b, t, H, P] in x's dtype and the final state
-    [b, H, N, P] in the decays' dtype. Section 6 of arXiv 2405.21060, with x not scaled by a step size.
+    x [b, t, H, P], log_decay [b, t, H] (log a, at most 0), B and C [b, t, G, N], D [H]; resets bool [b, t] (True
+    where a document starts: nothing before it is seen); initial_state [b, H, N, P]. Returns y [b, t, H, P] in x's
+    dtype and the final state [b, H, N, P] in the decays' dtype. Section 6 of arXiv 2405.21060, with x as it is given.
     """
     _, t, H, _ = x.shape
     G = B.shape[2]
@@ -36,7 +36,7 @@ def ssd_chunked(
 
     # Heads before time, so that every product below is one batched matrix product on contiguous operands.
     xc, Bc, Cc = (_in_chunks(tensor, Q) for tensor in (x, B, C))  # [b, H or G, c, Q, P or N]
-    total = _in_chunks(-F.softplus(A_log.to(wide))[..., None], Q).squeeze(-1).cumsum(-1)  # [b, H, c, Q]
+    total = _in_chunks(log_decay.to(wide)[..., None], Q).squeeze(-1).cumsum(-1)  # [b, H, c, Q]
     inside, enters, leaves, starts = _document_masks(resets, Q, -t % Q, x.device)
 
     scores = (Cc @ Bc.transpose(-1, -2)).unflatten(1, (G, 1))  # [b, G, 1, c, Q, Q]
@@ -125,16 +125,16 @@ def _states_at_chunk_starts(
 
 
 def ssd_step(
-    x: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor
+    x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token of the recurrence: x [b, H, P], A_log [b, H], B and C [b, G, N], state [b, H, N, P].
+    """One token of the recurrence: x [b, H, P], log_decay [b, H], B and C [b, G, N], state [b, H, N, P].
 
     Returns y [b, H, P] in x's dtype and the new state.
     """
     repeat = x.shape[1] // B.shape[1]
     wide = state.dtype
     Bh, Ch = (tensor.repeat_interleave(repeat, 1).to(wide) for tensor in (B, C))
-    decay = torch.exp(-F.softplus(A_log.to(wide)))[..., None, None]
+    decay = log_decay.to(wide).exp()[..., None, None]
     state = decay * state + Bh[..., None] * x.to(wide)[:, :, None, :]
     y = (Ch[..., None, :] @ state).squeeze(-2)
     if D is not None:
@@ -142,16 +142,15 @@ def ssd_step(
     return y.to(x.dtype), state
 
 
-def ssd_matrix(A_log: Tensor, B: Tensor, C: Tensor, resets: Tensor | None = None) -> Tensor:
+def ssd_matrix(log_decay: Tensor, B: Tensor, C: Tensor, resets: Tensor | None = None) -> Tensor:
     """The sequence-mixing matrix M [b, H, t, t] with y = M x (without D): M[i, j] = C_i . B_j prod_{j<k<=i} a_k.
 
-    A_log [b, t, H], B and C [b, t, G, N]. Quadratic in t: for short sequences (arXiv 2408.10189, section 4.1).
+    log_decay [b, t, H], B and C [b, t, G, N]. Quadratic in t: for short sequences (arXiv 2408.10189, section 4.1).
     """
     t, G = B.shape[1:3]
-    R = A_log.shape[2] // G
+    R = log_decay.shape[2] // G
     wide = decay_dtype(B.dtype)
-    total = -F.softplus(A_log.to(wide)).transpose(1, 2)
-    total = total.cumsum(-1)
+    total = log_decay.to(wide).transpose(1, 2).cumsum(-1)
     visible = torch.ones(t, t, dtype=torch.bool, device=B.device).tril()
     if resets is not None:
         documents = resets.long().cumsum(-1)[:, None]

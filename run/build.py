@@ -34,16 +34,16 @@ from run import sharded_build
 from run.acceleration import accelerate, compiles, try_step
 from run.inputs import Inputs, fetch
 from run.pair import Models
-from run.plan import stage_names
+from run.plan import mixer_options, stage_names
 from utils import FROM_TEACHER, auto_layers
 
 log = logging.getLogger(__name__)
 
 # What a choice depends on: another run in the same folder with the same values takes up the choice that is there.
 CHOICE_MADE_FOR = (
-    "layers teacher_model student_model expand choice_tokens choice_dataset dataset_name dataset_subset "
-    "dataset_split dataset_revision dataset_text_field shuffle_buffer on_bad_data seq_length document_reset "
-    "seed dtype"
+    "layers teacher_model student_model expand mixer no_z_bias choice_tokens choice_dataset dataset_name "
+    "dataset_subset dataset_split dataset_revision dataset_text_field shuffle_buffer on_bad_data seq_length "
+    "document_reset seed dtype"
 ).split()
 
 
@@ -67,7 +67,13 @@ def build_models(
     commit = fetch(args, "--student_model", student_source, weights=True, commit=commit)
     parameter_dtype = torch.float32 if dtype == torch.float16 else dtype
     student = get_student_model(
-        student_source, teacher, dtype=parameter_dtype, device=device, expand=args.expand, revision=commit, **options
+        student_source,
+        teacher,
+        dtype=parameter_dtype,
+        device=device,
+        mixers=mixer_options(args),
+        revision=commit,
+        **options,
     )
     if is_distilled(student.config):
         log.info("%s is a distilled student: its weights, sizes and layers are kept as they are", student_source)

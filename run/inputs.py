@@ -20,6 +20,7 @@ from hub.model_files import fetch_model
 from model_utils import check_layers, check_pair, check_teacher_config, get_tokenizer, is_distilled, load_config
 from models import LlambaConfig
 from run.acceleration import step_settings
+from run.plan import mixer_options
 from run.text import RunText
 from utils import FROM_TEACHER, UserError
 
@@ -75,7 +76,7 @@ def check_inputs(
         if length > longest:
             raise UserError(f"--{flag} {length}: the teacher has {longest} positions; use at most that many")
     if student_source == FROM_TEACHER:
-        student = student_config(teacher, args.expand)
+        student = student_config(teacher, **mixer_options(args))
     else:
         student = load_config(student_source, config_class=LlambaConfig, local_files_only=True, revision=found)
         check_pair(student, teacher, student_source)

@@ -20,6 +20,11 @@ def stage_names(args: Arguments) -> list[str]:
     return names
 
 
+def mixer_options(args: Arguments) -> dict[str, Any]:
+    """What of `distill.initialization.student_config` the flags say."""
+    return {"expand": args.expand, "mixer": args.mixer, "z_bias": not args.no_z_bias}
+
+
 def sequences_a_step(flags: Mapping[str, Any], ranks: int) -> int:
     """Sequences of an optimizer step, over all ranks."""
     return flags["batch_size"] * flags["grad_accumulation_steps"] * ranks

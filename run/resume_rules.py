@@ -31,6 +31,8 @@ RULES: dict[str, Rule] = {
     "student_model": Rule("never", "the student is the checkpoint's"),
     "layers": Rule("never", "the student's layers are the checkpoint's"),
     "expand": Rule("never", "the student's sizes are the checkpoint's"),
+    "mixer": Rule("never", "the student's mixers are the checkpoint's"),
+    "no_z_bias": Rule("never", "the student's mixers are the checkpoint's"),
     "choice_dataset": Rule("never", "the layers are chosen"),
     "choice_tokens": Rule("never", "the layers are chosen"),
     "freeze_mlp": Rule("forced", "optimizer state dropped for what is frozen, fresh for what is thawed"),

@@ -41,6 +41,7 @@ from model_utils import (
 from models import LlambaConfig, LlambaForCausalLM
 from models.modeling_llamba import LlambaMixer
 from run.pair import Models
+from run.plan import mixer_options
 from utils import FROM_TEACHER, UserError
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ def meta_pair(args: Arguments, sources: Sources, device: torch.device, need: str
     parameter_dtype = torch.float32 if dtype == torch.float16 else dtype
     config = load_config(sources.teacher, local_files_only=True, revision=sources.commits.get("teacher_model"))
     teacher: Any = None if need == "never" else meta_teacher(args, sources, config, dtype, device)
-    sizes = student_config(config, args.expand) if sources.builds else student_sizes(sources)
+    sizes = student_config(config, **mixer_options(args)) if sources.builds else student_sizes(sources)
     sizes._attn_implementation = args.attn_implementation
     with torch.device("meta"), default_dtype(parameter_dtype):
         student = LlambaForCausalLM(sizes)

@@ -109,12 +109,12 @@ def test_the_mixer_is_its_definition(activation):
     mixed = F.silu(mixed) if activation == "silu" else mixed
     x, B, C = mixed.split([72, 16, 16], -1)
     x, B, C = x.unflatten(-1, (4, 18)), B.unflatten(-1, (2, 8)), C.unflatten(-1, (2, 8))
-    y = torch.einsum("bhij,bjhp->bihp", ssd_matrix(A_log, B, C), x) + mixer.D[:, None] * x
+    y = torch.einsum("bhij,bjhp->bihp", ssd_matrix(-F.softplus(A_log), B, C), x) + mixer.D[:, None] * x
     wanted = mixer.out_proj(y.flatten(2) * F.silu(z + mixer.z_bias))
     assert torch.allclose(mixer(u), wanted, rtol=1e-10, atol=1e-12)
     assert torch.allclose(mixer.decays(u), torch.sigmoid(-A_log), rtol=1e-12)
     parts = mixer.project(u)
-    assert all(torch.allclose(a, b) for a, b in zip(parts, (x, B, C, A_log, z), strict=False))
+    assert all(torch.allclose(a, b) for a, b in zip(parts, (x, B, C, -F.softplus(A_log), z), strict=False))
 
 
 def test_packed_documents_equal_documents_alone():

@@ -6,8 +6,9 @@ import os
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from models.state_space import ssd_chunked, ssd_matrix, ssd_step
+from models.state_space import decay_dtype, ssd_chunked, ssd_matrix, ssd_step
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 LENGTHS = (1, 5, 127, 128, 129, 1000)
@@ -22,6 +23,16 @@ def fresh_seed():
     seed = int(os.environ.get("SSD_SEED", torch.seed() % 2**31))
     print(f"SSD_SEED={seed}")
     torch.manual_seed(seed)
+
+
+def log_decay(A_log: Tensor) -> Tensor:
+    """log a of the "llamba" mixer."""
+    return -F.softplus(A_log.to(decay_dtype(A_log.dtype)))
+
+
+def operator(x: Tensor, A_log: Tensor, *others: Tensor | None, **options) -> tuple[Tensor, Tensor]:
+    """The chunked operator as the "llamba" mixer calls it."""
+    return ssd_chunked(x, log_decay(A_log), *others, **options)
 
 
 def recurrence(x, A_log, B, C, D, initial_state, resets: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -57,7 +68,7 @@ def errors(inputs: list[Tensor], chunk_size: int, resets: Tensor | None = None) 
     """Relative errors of both outputs and of the gradients of all six inputs."""
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     wanted = recurrence(*exact, resets)
-    given = ssd_chunked(*inputs[:5], chunk_size=chunk_size, resets=resets, initial_state=inputs[5])
+    given = operator(*inputs[:5], chunk_size=chunk_size, resets=resets, initial_state=inputs[5])
     upstream = [torch.randn_like(output) for output in given]
     gradients = torch.autograd.grad(given, inputs, upstream)
     wanted_gradients = torch.autograd.grad(wanted, exact, [u.double() for u in upstream])
@@ -108,8 +119,8 @@ def test_packed_documents_equal_documents_alone():
     resets = torch.zeros(1, 150, dtype=torch.bool)
     starts = [0, 40, 41, 130, 150]
     resets[0, starts[:-1]] = True
-    packed = ssd_chunked(x, A_log, B, C, D, chunk_size=32, resets=resets)[0]
-    alone = [ssd_chunked(x[:, i:j], A_log[:, i:j], B[:, i:j], C[:, i:j], D, chunk_size=32)[0]
+    packed = operator(x, A_log, B, C, D, chunk_size=32, resets=resets)[0]
+    alone = [operator(x[:, i:j], A_log[:, i:j], B[:, i:j], C[:, i:j], D, chunk_size=32)[0]
              for i, j in itertools.pairwise(starts)]  # fmt: skip
     assert relative(packed, torch.cat(alone, 1)) < 1e-12
     gradient = torch.autograd.grad(packed[:, 41:130].sum(), x)[0]
@@ -119,7 +130,7 @@ def test_packed_documents_equal_documents_alone():
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_at_length_one_the_gradient_of_the_decay_is_exactly_zero(dtype):
     x, A_log, B, C, D, _ = make_inputs(3, 1, dtype)
-    y = ssd_chunked(x, A_log, B, C, D, chunk_size=128)[0]
+    y = operator(x, A_log, B, C, D, chunk_size=128)[0]
     gradient = torch.autograd.grad(y.float().square().sum(), A_log)[0]
     assert torch.equal(gradient, torch.zeros_like(gradient))
 
@@ -137,18 +148,16 @@ def test_one_head_for_all_and_a_head_each():
         B, C = (torch.randn(2, 70, G, N, dtype=torch.float64) for _ in range(2))
         zero = torch.zeros(2, H, N, P, dtype=torch.float64)
         wanted, state = recurrence(x, A_log, B, C, D, zero)
-        given, final = ssd_chunked(x, A_log, B, C, D, chunk_size=32)
+        given, final = operator(x, A_log, B, C, D, chunk_size=32)
         assert relative(given, wanted) < 1e-12 and relative(final, state) < 1e-12
 
 
 def test_two_halves_with_a_state_between_equal_the_whole():
     x, A_log, B, C, D, state = make_inputs(2, 100, torch.float64)
-    whole, final = ssd_chunked(x, A_log, B, C, D, chunk_size=16, initial_state=state)
+    whole, final = operator(x, A_log, B, C, D, chunk_size=16, initial_state=state)
     parts = []
     for part in (slice(0, 37), slice(37, 100)):
-        y, state = ssd_chunked(
-            x[:, part], A_log[:, part], B[:, part], C[:, part], D, chunk_size=16, initial_state=state
-        )
+        y, state = operator(x[:, part], A_log[:, part], B[:, part], C[:, part], D, chunk_size=16, initial_state=state)
         parts.append(y)
     assert relative(torch.cat(parts, 1), whole) < 1e-12 and relative(state, final) < 1e-12
 
@@ -160,7 +169,7 @@ def test_steps_equal_the_recurrence(dtype):
     x, A_log, B, C, D, state = inputs
     outputs = []
     for t in range(20):
-        y, state = ssd_step(x[:, t], A_log[:, t], B[:, t], C[:, t], D, state)
+        y, state = ssd_step(x[:, t], log_decay(A_log[:, t]), B[:, t], C[:, t], D, state)
         outputs.append(y)
     assert outputs[0].dtype == dtype and state.dtype == inputs[5].dtype
     assert_close({"y": relative(torch.stack(outputs, 1), wanted), "state": relative(state, wanted_state)}, dtype)
@@ -172,11 +181,11 @@ def test_the_mixing_matrix_is_the_operator(packed):
     resets = torch.zeros(2, 50, dtype=torch.bool)
     resets[:, [0, 11, 12, 40]] = True
     chosen = resets if packed else None
-    matrix = ssd_matrix(A_log, B, C, chosen)
+    matrix = ssd_matrix(log_decay(A_log), B, C, chosen)
     assert matrix.shape == (2, HEADS[0], 50, 50)
     assert torch.equal(matrix, matrix.tril())
     mixed = torch.einsum("bhij,bjhp->bihp", matrix, x)
-    assert relative(mixed, ssd_chunked(x, A_log, B, C, None, chunk_size=16, resets=chosen)[0]) < 1e-12
+    assert relative(mixed, operator(x, A_log, B, C, None, chunk_size=16, resets=chosen)[0]) < 1e-12
 
 
 def test_one_graph_without_breaks():
@@ -184,10 +193,10 @@ def test_one_graph_without_breaks():
     inputs = make_inputs(1, 40, torch.float32)
     resets = torch.zeros(1, 40, dtype=torch.bool)
     resets[0, [0, 7]] = True
-    compiled = torch.compile(ssd_chunked, fullgraph=True, backend="aot_eager", dynamic=False)
+    compiled = torch.compile(operator, fullgraph=True, backend="aot_eager", dynamic=False)
     for starts in (None, resets):
         given = compiled(*inputs[:5], chunk_size=16, resets=starts)[0]
-        wanted = ssd_chunked(*inputs[:5], chunk_size=16, resets=starts)[0]
+        wanted = operator(*inputs[:5], chunk_size=16, resets=starts)[0]
         assert relative(given, wanted.double()) < 1e-6
         ours, theirs = (torch.autograd.grad(y.square().sum(), inputs[:5]) for y in (given, wanted))
         assert all(relative(a, b.double()) < 1e-5 for a, b in zip(ours, theirs, strict=True))
@@ -196,5 +205,5 @@ def test_one_graph_without_breaks():
 def test_shapes_without_data():
     """On the meta device, as memory estimates use it."""
     inputs = [tensor.detach().to("meta") for tensor in make_inputs(2, 129, torch.bfloat16)]
-    y, state = ssd_chunked(*inputs[:5], chunk_size=64)
+    y, state = operator(*inputs[:5], chunk_size=64)
     assert y.shape == inputs[0].shape and y.dtype == torch.bfloat16 and state.dtype == torch.float32

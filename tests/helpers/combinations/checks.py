@@ -262,6 +262,7 @@ def check_final(result: Result, name: str, pair: Pair, exactly: bool) -> None:
         str(pair.sources["heldout"]),
         pair.stretch * result.plan.row["seq_length"],
         str(report),
+        str(pair.flags.get("device", "cpu")),
     )
     log = result.folder / "final.log"
     assert warm.finished(warm.call(final_figures, arguments, log, {})) == 0, log.read_text()[-3000:]
@@ -274,7 +275,7 @@ def check_final(result: Result, name: str, pair: Pair, exactly: bool) -> None:
     assert math.isclose(figures["kl"], logged[-1], rel_tol=close), told
 
 
-def final_figures(final: str, teacher: str, text: str, length: int, report: str) -> None:
+def final_figures(final: str, teacher: str, text: str, length: int, report: str, device: str) -> None:
     """In a process of its own: load `final` in both ways; KL(teacher || final) over the first 4 sequences."""
     import gzip
 
@@ -285,11 +286,11 @@ def final_figures(final: str, teacher: str, text: str, length: int, report: str)
     with gzip.open(text, "rt") as file:
         document = json.loads(next(file))["text"]
     tokens = AutoTokenizer.from_pretrained(final, trust_remote_code=True)(document)["input_ids"]
-    rows = torch.tensor(tokens[: 4 * (length + 1)]).view(4, length + 1)[:, :-1]
+    rows = torch.tensor(tokens[: 4 * (length + 1)]).view(4, length + 1)[:, :-1].to(device)
     options: dict[str, Any] = {"dtype": torch.float32}
-    student = AutoModelForCausalLM.from_pretrained(final, trust_remote_code=True, **options).eval()
-    own = LlambaForCausalLM.load(final, **options).eval()
-    theirs = AutoModelForCausalLM.from_pretrained(teacher, **options).eval()
+    student = AutoModelForCausalLM.from_pretrained(final, trust_remote_code=True, **options).eval().to(device)
+    own = LlambaForCausalLM.load(final, **options).eval().to(device)
+    theirs = AutoModelForCausalLM.from_pretrained(teacher, **options).eval().to(device)
     with torch.no_grad():
         logits = student(rows).logits
         equal = torch.equal(logits, own(rows).logits)
