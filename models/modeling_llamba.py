@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from .attention import AttentionInputs, attention_module, attention_parts
 from .cache import MixerState
 from .configuration_llamba import LlambaConfig
+from .layers import LlambaMLP, LlambaRMSNorm
 from .state_space import decay_dtype, ssd_chunked, ssd_step
 
 __all__ = [
@@ -31,35 +32,6 @@ __all__ = [
 ]
 
 CONV_WIDTH = 4
-
-
-class LlambaRMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, computed in float32 or better."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        wide = hidden.to(decay_dtype(hidden.dtype))
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(hidden.dtype)
-
-
-class LlambaMLP(nn.Module):
-    """SwiGLU: down(act(gate(u)) * up(u))."""
-
-    def __init__(self, config: LlambaConfig):
-        super().__init__()
-        width, bias = config.mlp_cfg["intermediate_size"], config.mlp_cfg["bias"]
-        self.gate_proj = nn.Linear(config.d_model, width, bias=bias)
-        self.up_proj = nn.Linear(config.d_model, width, bias=bias)
-        self.down_proj = nn.Linear(width, config.d_model, bias=bias)
-        self.act_fn = ACT2FN[config.mlp_cfg["act_fn"]]
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
 class LlambaMixer(nn.Module):
@@ -183,8 +155,8 @@ class LlambaMixer(nn.Module):
             # A copy: a view would keep the convolution's inputs of the whole prompt alive.
             cache.update(padded[:, -(CONV_WIDTH - 1) :].clone(), state)
             cache.cumulative_length += u.shape[1]
-        z = z if self.z_bias is None else z + self.z_bias.to(z.dtype)
-        return self.out_proj(y.flatten(2) * F.silu(z))
+        gate = F.silu(z if self.z_bias is None else z + self.z_bias.to(z.dtype))
+        return self.out_proj(y.flatten(2) * gate)
 
 
 class LlambaBlock(GradientCheckpointingLayer):

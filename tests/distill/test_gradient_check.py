@@ -215,5 +215,7 @@ def test_exempt_are_these_and_no_others():
         assert without_gradient(stage, **mixed) == {}
         assert without_gradient(stage, **mixed | {"mixers": False, "hard_labels": True}) == {}
     assert without_gradient("matrix", **mixed).keys() == {"D", "z_bias", "out_proj"}
-    assert without_gradient("stage1", **mixed | {"seq_length": 1}).keys() == {"self_attn.q_", "self_attn.k_"}
+    assert without_gradient("stage1", **mixed | {"seq_length": 1}).keys() == {
+        "self_attn.q_", "self_attn.k_", "A_log", "mixer.A_log",
+    }  # fmt: skip
     assert without_gradient("stage1", **mixed | {"mixers": False}).keys() == {""}

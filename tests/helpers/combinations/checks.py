@@ -177,16 +177,18 @@ def trains(name: str, stage: str, row: Row, names: set[str]) -> bool:
 
 
 def check_decay(result: Result, name: str) -> None:
-    """A resume with a large weight decay shrinks the matrices of the layers."""
-    row = result.plan.row
-    behind = [line for line in steps_of(result.output("changed")) if line["step"] > result.plan.change_step]
+    """A resume with a large weight decay forgets the matrices that it began with; what its own steps add is new."""
+    row, begin = result.plan.row, result.plan.change_step
+    behind = [line for line in steps_of(result.output("changed")) if line["step"] > begin]
     if row["change"] != "rates" or any(skipped(line, row) for line in behind):
         return
-    sizes = {}
+    start = runs.weights(result.output("whole") / f"checkpoint-{begin}")
+    kept = {}
     for run in ("whole", "changed"):
-        weights = runs.weights(result.output(run) / f"checkpoint-{sum(result.plan.steps.values())}")
-        sizes[run] = sum(weights[key].float().square().sum() for key in weights if key.endswith("out_proj.weight"))
-    assert sizes["changed"] < 0.85 * sizes["whole"], f"squared weights {sizes}"
+        end = runs.weights(result.output(run) / f"checkpoint-{sum(result.plan.steps.values())}")
+        pairs = [(start[key].double(), end[key].double()) for key in start if key.endswith("out_proj.weight")]
+        kept[run] = (sum((a * b).sum() for a, b in pairs) / sum((a * a).sum() for a, _ in pairs)).item()
+    assert kept["changed"] < 0.5 * kept["whole"], f"shares of the weights at step {begin} that are left: {kept}"
 
 
 # the same numbers
@@ -233,7 +235,7 @@ def check_plain(result: Result, name: str) -> None:
     gradient is nothing but rounding: so the first step is compared closely, what follows loosely.
     """
     row = result.plan.row
-    first, later = {"float32": (1e-5, 2e-3), "bfloat16": (2e-2, 5e-2), "float16": (5e-3, 2e-2)}[row["dtype"]]
+    first, later = {"float32": (1e-5, 5e-3), "bfloat16": (2e-2, 5e-2), "float16": (5e-3, 2e-2)}[row["dtype"]]
     # Updates in the backward pass clip by another rule, after which nothing need be equal.
     other_rule = row["update_in_backward"] and row["grad_clip"] < 1
     pairs = list(zip(steps_of(result.output("whole")), steps_of(result.output("plain"))))
