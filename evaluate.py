@@ -18,7 +18,7 @@ from arguments import Parser, device_name, real, whole
 from evaluation.harness import harness_figures
 from evaluation.report import draw, print_table
 from hub.hub_files import DataStreamLost
-from utils import UserError, check_folder_writable, complain
+from utils import UserError, check_folder_writable, complain, wait_passively
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -154,6 +154,7 @@ def own_figures(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    wait_passively(args.device)
     try:
         output = validate(args)
         report = evaluate(args)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from arguments import Arguments, parse_arguments
 from run.flag_checks import validate
-from utils import UserError, complain
+from utils import UserError, complain, wait_passively
 
 if TYPE_CHECKING:
     from data import TextLoader
@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with a checkpoint.
     """
     args = parse_arguments(argv)
+    wait_passively(args.device)
     try:
         validate(args)
         status = on_ranks(args)

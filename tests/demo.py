@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from smollm2 import smollm2_folder  # noqa: E402
+from utils import wait_passively  # noqa: E402
 
 TEACHER = ROOT / ".cache" / "SmolLM2-135M-Instruct"
 TEXT = ROOT / ".cache" / "demo_text"
@@ -90,6 +91,7 @@ def continuation(folder: Path) -> str:
 
 
 def main() -> None:
+    wait_passively()
     smollm2_folder(TEACHER)
     write_text(TEXT)
     shutil.rmtree(RUN, ignore_errors=True)

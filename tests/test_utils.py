@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pty
+import re
 import struct
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from conftest import ROOT
 from hardware.devices import check_device
 from plot_metrics import read_metrics
 from run.tracking import Tracker
-from utils import UserError, library_versions
+from utils import UserError, library_versions, wait_passively
 
 
 def test_devices():
@@ -151,3 +152,25 @@ def test_a_secret_in_a_log_line_is_masked(tmp_path, capsys):
         root.handlers[:] = before
         root.setLevel(level)
     assert "a" * 30 not in (tmp_path / "log").read_text() + capsys.readouterr().out
+
+
+@pytest.mark.parametrize("own, spins", [({}, "0"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "30000000000")])
+def test_threads_on_a_cpu_sleep_while_they_wait_unless_told_otherwise(own, spins, tmp_path, run_script, monkeypatch):
+    """As the library of threads says when torch loads it; the run ends at a teacher without config."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)  # a run in this process may have set it
+    flags = ["--device", "cpu", "--teacher_model", tmp_path, "--output_dir", tmp_path / "run"]
+    done = run_script("train.py", *flags, env={"OMP_DISPLAY_ENV": "VERBOSE", **own})
+    assert done.returncode == 2
+    assert re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)[:1] == [spins]
+
+
+@pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "KMP_BLOCKTIME", "GOMP_SPINCOUNT"])
+def test_how_threads_wait_is_the_users(name, monkeypatch):
+    for other in ("OMP_WAIT_POLICY", "KMP_BLOCKTIME", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(other, raising=False)
+    with monkeypatch.context() as patch:
+        patch.setenv(name, "1")
+        wait_passively("cpu")
+        assert os.environ.get("OMP_WAIT_POLICY") == ("1" if name == "OMP_WAIT_POLICY" else None)
+    wait_passively("cuda:0")
+    assert "OMP_WAIT_POLICY" not in os.environ
