@@ -3,13 +3,19 @@ VENV ?= .venv
 PYTHON ?= python3
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 demo: $(VENV)/.ready
 	$(RUN) tests/demo.py
 
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
+
+# what takes under 5 s a test; `make test-all` is everything
 test: $(VENV)/.ready lint
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile $(PYTEST_FLAGS)
+	$(PYTEST) -m "not slow" $(PYTEST_FLAGS)
+
+test-all: $(VENV)/.ready lint
+	$(PYTEST) $(PYTEST_FLAGS)
 
 lint: $(VENV)/.ready
 	$(RUN) -m ruff check .

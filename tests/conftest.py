@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from helpers.durations import Durations
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -29,6 +31,10 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Durations(), "durations")
 
 
 @pytest.fixture(scope="session")
@@ -113,18 +119,20 @@ def sources(tmp_path_factory, documents) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def run_script():
-    """Run a top-level script in a process of its own; returns the CompletedProcess with text output."""
+    """Run a script in a process of its own; returns the CompletedProcess with text output.
 
-    def run(script: str, *flags: object, timeout: float = 300, env: dict[str, str] | None = None, cwd=None):
+    A fork of a process with everything imported, unless `fresh` or the environment say otherwise (`helpers/warm.py`).
+    """
+    from helpers import warm
+
+    def run(script: str, *flags: object, timeout: float = 300, env=None, cwd=None, fresh=False):
+        env = {"OMP_NUM_THREADS": "1", **(env or {})}
+        cwd = cwd or (None if script.endswith(".py") else ROOT)
+        if not fresh and warm.fits(env):
+            return warm.run(script, flags, timeout, environment=env, cwd=cwd)
         program = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
         command = [sys.executable, *program, *map(str, flags)]
-        return subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            cwd=cwd or (None if script.endswith(".py") else ROOT),
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-        )
+        env = {**os.environ, **env}
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd, env=env)
 
     return run

@@ -22,7 +22,6 @@ SAMPLE = table.sample(int(os.environ.get("COMBINATIONS_SEED", "1")), int(os.envi
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory, tokenizer_dir, documents):
     folder = tmp_path_factory.mktemp("pair")
-    warm.start_server(folder)
     return Pair(folder, tokenizer_dir, documents)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from conftest import tiny_llama_config
 from helpers import runs
-from helpers.combinations import table, warm
+from helpers.combinations import table
 from helpers.combinations.checks import check
 from helpers.combinations.pair import Pair
 from helpers.combinations.rows import RowRuns
@@ -56,7 +56,6 @@ class SmolLM2Pair(Pair):
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory, tokenizer_dir, documents):
     folder = tmp_path_factory.mktemp("smollm2")
-    warm.start_server(folder)
     pair = SmolLM2Pair(folder, tokenizer_dir, documents)
     runs.write_rows(pair.sources["train"], [{"text": text} for text in documents])
     return pair

@@ -1,5 +1,6 @@
 """Both download scripts in real processes against a loopback Hub, interrupted, damaged and starved."""
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -47,11 +48,17 @@ def repository(tmp_path_factory, documents):
     return folder
 
 
-@pytest.fixture
-def hub(repository):
+@contextlib.contextmanager
+def loopback(repository):
     with LoopbackHub() as server:
         server.add("datasets", "org/fineweb", repository)
         server.add("datasets", "org/gated", repository, gated=True)
+        yield server
+
+
+@pytest.fixture
+def hub(repository):
+    with loopback(repository) as server:
         yield server
 
 
@@ -72,11 +79,15 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.glob("shard-*"))}
 
 
-@pytest.fixture
-def whole(hub, tmp_path, run_script):
-    done = run_script("download_fineweb_subset.py", *subset_flags(tmp_path / "whole"), env=hub.environment(tmp_path))
+@pytest.fixture(scope="module")
+def whole(repository, tmp_path_factory, run_script):
+    """A download over a network without faults; nothing writes there."""
+    folder = tmp_path_factory.mktemp("download")
+    flags = subset_flags(folder / "whole")
+    with loopback(repository) as server:
+        done = run_script("download_fineweb_subset.py", *flags, env=server.environment(folder))
     assert done.returncode == 0, done.stderr
-    return tmp_path / "whole"
+    return folder / "whole"
 
 
 def test_subset_holds_every_row_in_order(whole, repository):
@@ -166,6 +177,7 @@ def test_gated_without_a_token(hub, tmp_path, run_script, script):
     assert "hf auth login" in done.stderr and done.stderr.count("error:") == 1 and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_the_subset_trains(whole, tmp_path, tiny_teacher, run_script):
     sources = {"train": whole, "conversations": ""}
     argv = runs.flags(tiny_teacher, sources, tmp_path / "run", max_steps=2, local_files_only=True)

@@ -36,6 +36,7 @@ def rows_of(folder):
     return {row["name"]: row for row in map(json.loads, (folder / "results.jsonl").read_text().splitlines())}
 
 
+@pytest.mark.slow
 def test_results_table_plot_and_what_is_done_is_not_done_again(bench, tmp_path):
     done = bench("--only", "one", "none", "bad")
     assert done.returncode == 1, done.stderr[-3000:]

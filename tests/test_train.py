@@ -13,6 +13,7 @@ import train
 from checkpoints.files import damage
 from conftest import ROOT
 from helpers import runs
+from helpers.durations import cpu_seconds
 
 pytestmark = pytest.mark.slow
 
@@ -127,17 +128,17 @@ def test_epochs_end_with_the_text(tiny_teacher, sources, tmp_path):
 
 
 def test_help_is_quick(run_script):
-    start = time.perf_counter()
-    done = run_script("train.py", "--help")
+    begun = cpu_seconds()
+    done = run_script("train.py", "--help", fresh=True)
     assert done.returncode == 0 and "--teacher_model" in done.stdout
-    assert time.perf_counter() - start < 2.0
+    assert cpu_seconds() - begun < 1.0
 
 
 OUT_OF_MEMORY = """
 import resource, sys
 import train
 if sys.argv[1] == "cpu":
-    import pyarrow, stages, transformers.models.llama.modeling_llama  # libraries first: the limit is for the rest
+    import pyarrow, run.stages, transformers.models.llama.modeling_llama  # libraries first: the limit is for the rest
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 29), used + (1 << 29)))
 else:

@@ -21,13 +21,13 @@ from checkpoints.files import damage
 from checkpoints.run_state import read_metadata, read_trainer_state
 from checkpoints.store import CheckpointStore
 from conftest import ROOT, tiny_llama_config
+from helpers import warm
 from helpers.checkpoint_tools import (
     METADATA,
     flip_bit,
     frozen_names,
     make_store,
     names_in,
-    quick_processes,
     save,
     tiny_model,
 )
@@ -112,7 +112,7 @@ def save_for_ever(folder: str, ready) -> None:
 
 
 def test_killed_at_random_moments_a_complete_checkpoint_is_left(tmp_path):
-    context = quick_processes()
+    context = warm.context()
     rng = random.Random(5)
     last = 0
     for _ in range(6):
@@ -178,7 +178,7 @@ def die_at_every_operation(folder: str, atomic: bool, queue) -> None:
 
 @pytest.mark.parametrize("atomic", [True, False])
 def test_killed_before_each_operation_on_the_file_system(tmp_path, atomic):
-    context = quick_processes()
+    context = warm.context()
     queue = context.Queue()
     process = context.Process(target=die_at_every_operation, args=(str(tmp_path), atomic, queue))
     process.start()
@@ -281,7 +281,7 @@ def save_under_a_limit(folder: str, queue) -> None:
 
 def test_a_write_that_fails_half_way(tmp_path):
     """Needs no privileges: the kernel refuses to let a file grow over a limit."""
-    context = quick_processes()
+    context = warm.context()
     queue = context.Queue()
     process = context.Process(target=save_under_a_limit, args=(str(tmp_path), queue))
     process.start()

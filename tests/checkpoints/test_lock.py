@@ -5,7 +5,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -14,8 +13,7 @@ import pytest
 
 from checkpoints import lock as run_lock
 from checkpoints.lock import LockTaken, RunLock, process_start
-from conftest import ROOT
-from helpers import runs
+from helpers import runs, warm
 from helpers.launching import wait_until
 from helpers.scripts import Script
 from utils import UserError
@@ -249,9 +247,8 @@ except UserError:
 @pytest.mark.slow
 def test_a_run_whose_folder_was_taken_stops_without_writing(tiny_teacher, sources, tmp_path):
     flags = runs.flags(tiny_teacher, sources, tmp_path, skip_stage2=True, max_steps=100_000, save_interval=20)
-    log = tempfile.TemporaryFile("w+")  # noqa: SIM115  it lives as long as the process
-    command = [sys.executable, str(ROOT / "tests/helpers/train_elsewhere.py"), *flags]
-    run = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    log = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115  it lives as long as the process
+    run = warm.start("tests/helpers/train_elsewhere.py", flags, log.name)
     wait_until(lambda: list(tmp_path.glob("checkpoint-*/manifest.json")) or run.poll() is not None)
     os.kill(run.pid, signal.SIGSTOP)
     with RunLock(tmp_path, log=lambda line: None, watch=WATCH):

@@ -1,7 +1,5 @@
 """Every stage trains what it should: hooks of a stage end with it, a tensor without a gradient stops the run."""
 
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
@@ -10,12 +8,12 @@ import torch
 from torch import nn
 
 import train
-from conftest import ROOT
 from distill import gradient_check
 from distill.forms import Stage
 from distill.gradient_check import GradientCheck, UntrainedTensors, kind_of, without_gradient
 from distill.meter import HostCopy
 from helpers import runs
+from helpers.launching import end_ranks, start_ranks
 from helpers.stages import batches_of, make_stage
 from helpers.teachers import TEACHERS, make_student, make_teacher
 from optim.build import build_optimizer
@@ -60,11 +58,8 @@ def test_hooks_that_a_stage_leaves_behind_stop_the_next(tiny_teacher, sources, t
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_two_ranks_stop_together(way, tiny_teacher, sources, tmp_path):
     flags = runs.flags(tiny_teacher, sources, tmp_path, parallel=way, **THREE_STAGES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(ROOT / "tests" / "helpers" / "train_without_a_gradient.py"), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    output = done.stdout + done.stderr
-    assert done.returncode != 0 and "exitcode  : 4" in output, output[-3000:]
+    statuses, _, output = end_ranks(*start_ranks(2, flags, script="tests/helpers/train_without_a_gradient.py"))
+    assert statuses == [4, 4], output[-3000:]
     lines = [line for line in output.splitlines() if "no gradient for final_layernorm.weight (1 of 1)" in line]
     assert len(lines) == 2 and all("stopped, with a checkpoint: stage1" in line for line in lines), output[-3000:]
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]

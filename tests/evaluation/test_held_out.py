@@ -77,7 +77,8 @@ def test_the_best_checkpoint_is_kept(run, sharp_teacher, sources):
     best = min(rows, key=lambda row: row["eval/kl"])
     assert best["step"] in (4, 8, 10), "the run was meant to get better and then worse"
     folders = {path.name for path in run.iterdir() if path.is_dir()}
-    assert folders == {f"checkpoint-{best['step']}", "checkpoint-20", "final"}
+    stable = {f"stable-{stage}" for stage in ("hidden", "stage1", "stage2")}
+    assert folders == {f"checkpoint-{best['step']}", "checkpoint-20", "final"} | stable
     kept = run / f"checkpoint-{best['step']}"
     manifests = {name: json.loads((run / name / "manifest.json").read_text()) for name in folders}
     assert {name for name, manifest in manifests.items() if manifest["best"]} == {kept.name}

@@ -1,9 +1,9 @@
 """Two ranks go on from a checkpoint with other flags: a longer stage, other parameters that train, a wider dtype."""
 
 import pytest
-from test_parallel import launch
 
 from helpers import runs
+from helpers.launching import launch
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +24,7 @@ def test_ranks_that_are_extended_or_changed_by_force(way, tiny_teacher, sources,
     go(2, "run", parallel=way)
     runs.copy_up_to(tmp_path / "run", "checkpoint-3", tmp_path / "alone")
     runs.copy_up_to(tmp_path / "run", "checkpoint-3", tmp_path / "changed")
-    assert "stable-stage1" in go(2, "run", parallel=way, max_steps=12).output
+    assert "stable-stage1" in go(2, "run", parallel=way, max_steps=12)
     go(2, "planned", parallel=way, max_steps=12, warmup_ratio=0.17)
     assert runs.losses(tmp_path / "run") == runs.losses(tmp_path / "planned")
     one, other = (runs.weights(tmp_path / name / "final") for name in ("run", "planned"))

@@ -1,4 +1,4 @@
-"""Several ranks by real torchrun with gloo: the same numbers, the same files, signals, and ranks that die."""
+"""Several ranks with gloo: the same numbers, the same files; under torchrun: signals, and ranks that die."""
 
 import functools
 import os
@@ -21,7 +21,7 @@ from hardware.memory import StepModel, estimate_memory
 from hardware.meta_models import meta_student
 from hardware.ranks import Ranks
 from helpers import runs
-from helpers.launching import ended, launch, ranks_of, start_long_run, wait_until
+from helpers.launching import ended, launch, ranks_of, start_long_run, torchrun, wait_until
 from run.acceleration import step_settings
 from run.inputs import settle_parallel
 from utils import UserError
@@ -63,7 +63,7 @@ def test_two_ranks_equal_one_with_twice_the_batch(extra, alone, tiny_teacher, so
     if flags:
         alone = tmp_path / "alone"
         launch(0, runs.flags(tiny_teacher, sources, alone, batch_size=4, **EXACT | flags))
-    run = launch(2, runs.flags(tiny_teacher, sources, tmp_path / "run", batch_size=2, **EXACT | extra))
+    output = launch(2, runs.flags(tiny_teacher, sources, tmp_path / "run", batch_size=2, **EXACT | extra))
     expected, found = runs.losses(alone), runs.losses(tmp_path / "run")
     assert len(expected) == len(found) == 10
     for (step, loss, norm), (other_step, other_loss, other_norm) in zip(expected, found):
@@ -73,7 +73,7 @@ def test_two_ranks_equal_one_with_twice_the_batch(extra, alone, tiny_teacher, so
     assert weights.keys() == others.keys()
     for name, weight in weights.items():
         assert (others[name] - weight).norm() <= 2e-5 * weight.norm(), name
-    assert run.output.count("step 10, loss") == 1  # one rank speaks
+    assert output.count("step 10, loss") == 1  # one rank speaks
     last = [row for row in runs.metrics(tmp_path / "run") if "train/loss" in row][-1]
     assert last["train/tokens"] == 10 * 8 * 64
     assert {"data/wait_seconds_rank_0", "data/wait_seconds_rank_1"} <= last.keys()
@@ -104,8 +104,8 @@ def test_two_ranks_equal_one_and_one_goes_on(way, optimizer, alone_with, tiny_te
     two, one = tmp_path / "two", tmp_path / "one"
     launch(2, runs.flags(tiny_teacher, sources, two, batch_size=2, parallel=way, **shared))
     runs.copy_up_to(two, "checkpoint-5", one)
-    run = launch(0, runs.flags(tiny_teacher, sources, one, batch_size=4, **shared))
-    assert "resuming" in run.output and "checkpoint-5" in run.output
+    output = launch(0, runs.flags(tiny_teacher, sources, one, batch_size=4, **shared))
+    assert "resuming" in output and "checkpoint-5" in output
     expected = runs.losses(alone)
     halfway, end = runs.weights(two / "checkpoint-5"), runs.weights(alone / "final")
     for folder in (two, one):
@@ -130,8 +130,8 @@ def test_a_run_goes_on_with_any_number_of_ranks(tiny_teacher, sources, tmp_path)
     for ranks, batch in ((0, 4), (4, 1)):
         folder = tmp_path / f"go-on-{ranks}"
         runs.copy_up_to(two, "checkpoint-12", folder)
-        run = launch(ranks, runs.flags(tiny_teacher, sources, folder, batch_size=batch, **shared))
-        assert "resuming" in run.output and "checkpoint-12" in run.output
+        output = launch(ranks, runs.flags(tiny_teacher, sources, folder, batch_size=batch, **shared))
+        assert "resuming" in output and "checkpoint-12" in output
         found = runs.losses(folder)
         assert [step for step, *_ in found] == [step for step, *_ in expected]
         for (_, loss, norm), (_, other_loss, other_norm) in zip(expected, found):
@@ -147,8 +147,8 @@ def test_another_number_of_sequences_a_step_is_told(tiny_teacher, sources, tmp_p
     launch(0, runs.flags(tiny_teacher, sources, tmp_path, **shared))
     for name in ("checkpoint-6", "final"):
         shutil.rmtree(tmp_path / name)
-    run = launch(2, runs.flags(tiny_teacher, sources, tmp_path, **shared))
-    assert "an optimizer step takes 4 sequences from here on, not 2 as before" in run.output
+    output = launch(2, runs.flags(tiny_teacher, sources, tmp_path, **shared))
+    assert "an optimizer step takes 4 sequences from here on, not 2 as before" in output
     assert [step for step, *_ in runs.losses(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
@@ -166,7 +166,7 @@ def test_a_killed_rank_ends_all_and_the_checkpoint_stays(victim, way, tiny_teach
         assert not os.path.exists(f"/proc/{pid}")
     steps = max(int(path.name.partition("-")[2]) for path in tmp_path.glob("checkpoint-*"))
     shared = dict(batch_size=4, save_interval=5, skip_stage2=True, max_steps=100_000)
-    run = launch(0, runs.flags(tiny_teacher, sources, tmp_path, **shared), wait=False)
+    run = torchrun(0, runs.flags(tiny_teacher, sources, tmp_path, **shared))
     wait_until(lambda: (tmp_path / f"checkpoint-{steps + 5}" / "manifest.json").exists())
     run.send_signal(signal.SIGTERM)
     output = ended(run, 60)
@@ -189,7 +189,7 @@ def test_sigterm_saves_and_a_closed_terminal_changes_nothing(tiny_teacher, sourc
 
 def test_a_users_mistake_is_one_line_from_all_ranks(tiny_teacher, sources, tmp_path):
     flags = runs.flags(tiny_teacher, sources, tmp_path, layers=[99])
-    process = launch(2, flags, wait=False)
+    process = torchrun(2, flags)
     output = ended(process, 120)
     assert process.returncode != 0
     assert re.findall(r"^error: .*", output, re.MULTILINE) == ["error: --layers 99: the teacher has layers 0 to 3"]

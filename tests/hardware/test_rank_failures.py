@@ -1,11 +1,12 @@
 """One rank that fails in its own work: all ranks agree on it and end, with a checkpoint once training has begun."""
 
 import shutil
+import signal
 
 import pytest
 
 from helpers import runs
-from helpers.launching import end_ranks, start_ranks
+from helpers.launching import end_ranks, start_ranks, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -86,3 +87,14 @@ def test_ranks_that_wait_in_a_collective_end_within_a_minute(place, at, way, tin
     assert apart < WATCHED and all(statuses)
     assert "rank 1: ValueError: made to fail" in output
     assert newest(tmp_path) > 0
+
+
+def test_a_rank_that_is_killed_ends_the_other_with_status_5(tiny_teacher, sources, tmp_path):
+    """Real processes of their own, without a launcher that would end the other itself."""
+    flags = run_flags(tiny_teacher, sources, tmp_path, max_steps=100_000, save_interval=5)
+    processes, log = start_ranks(2, flags, fresh=True)
+    wait_until(lambda: list(tmp_path.glob("checkpoint-*/manifest.json")) or processes[0].poll() is not None)
+    processes[1].kill()
+    statuses, apart, output = end_ranks(processes, log)
+    assert statuses == [5, -signal.SIGKILL], output[-3000:]
+    assert apart < WATCHED and "another rank is gone; the last checkpoint is checkpoint-" in output

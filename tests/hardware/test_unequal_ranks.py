@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from test_parallel import launch
 
 import train
 from checkpoints.run_state import read_trainer_state
 from data import SourceSpec, build_loader
 from helpers import runs
+from helpers.launching import launch
 from model_utils import get_tokenizer
 
 pytestmark = pytest.mark.slow

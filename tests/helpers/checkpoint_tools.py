@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import multiprocessing
-import os
-import sys
 from pathlib import Path
 
 import torch
@@ -51,14 +48,6 @@ def flip_bit(path: Path, position: int) -> None:
     content = bytearray(path.read_bytes())
     content[position] ^= 1
     path.write_bytes(content)
-
-
-def quick_processes():
-    """Processes forked from one that has imported torch and the tests, so that each starts in milliseconds."""
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # the fork server does not inherit sys.path
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["checkpoints", "test_checkpoint_faults"])
-    return context
 
 
 def edit_metadata(checkpoint: Path, change) -> None:

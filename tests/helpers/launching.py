@@ -3,33 +3,36 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 
 from conftest import ROOT
-from helpers import runs
+from helpers import runs, warm
 
 
-def launch(ranks, flags, *, wait=True, script="train.py", shutdown_timeout=30, **variables):
-    """A script under torchrun on `ranks` processes (0: without torchrun): its process, finished if `wait`."""
+def launch(ranks, flags):
+    """A finished train.py on `ranks` warm ranks, or by itself (0): all that it wrote. Every status has to be 0."""
+    statuses, _, output = end_ranks(*start_ranks(max(ranks, 1), flags), 300)
+    assert not any(statuses), output[-3000:]
+    return output
+
+
+def torchrun(ranks, flags, script="train.py", shutdown_timeout=30):
+    """The process of a script under torchrun on `ranks` processes (0: without torchrun), started as by nohup."""
     command = [sys.executable, str(ROOT / script)]
     if ranks:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         command += ["--signals-to-handle=SIGTERM,SIGINT", f"--shutdown-timeout={shutdown_timeout}"]
         command += [str(ROOT / script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    quiet = None if ranks == 0 else lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    quiet = None if ranks == 0 else lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
     log = tempfile.TemporaryFile("w+")  # noqa: SIM115  a pipe that nobody reads would stop the run when it is full
     process = subprocess.Popen(
         [*command, *flags], text=True, env=environment, stdout=log, stderr=subprocess.STDOUT, preexec_fn=quiet
     )
     process.log = log
-    if wait:
-        process.output = ended(process, 300)
-        assert process.returncode == 0, process.output[-3000:]
     return process
 
 
@@ -60,21 +63,23 @@ def wait_until(condition, seconds=120):
 
 def start_long_run(folder, tiny_teacher, sources, script="train.py", shutdown_timeout=30, **changes):
     flags = runs.flags(tiny_teacher, sources, folder, skip_stage2=True, max_steps=100_000, **changes)
-    return launch(2, flags, wait=False, script=script, shutdown_timeout=shutdown_timeout)
+    return torchrun(2, flags, script=script, shutdown_timeout=shutdown_timeout)
 
 
-def start_ranks(count, flags, script="train.py", **variables):
-    """A script on `count` ranks without a launcher, whose exit statuses are the ranks' own: their processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tempfile.TemporaryFile("w+")  # noqa: SIM115  it lives as long as the processes
+def start_ranks(count, flags, script="train.py", fresh=False, **variables):
+    """A script on `count` ranks without a launcher, whose exit statuses are the ranks' own: their processes.
+
+    They are warm, unless `fresh`.
+    """
+    log = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115  it lives as long as the processes
     processes = []
-    for rank in map(str, range(count)):
-        ours = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-        ours |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", **variables}
-        command = [sys.executable, str(ROOT / script), *flags]
-        processes.append(subprocess.Popen(command, env={**os.environ, **ours}, stdout=log, stderr=subprocess.STDOUT))
+    for ours in warm.environments(count):
+        ours |= {"OMP_NUM_THREADS": "1", **variables}
+        if fresh:
+            command, ours = [sys.executable, str(ROOT / script), *flags], {**os.environ, **ours}
+            processes.append(subprocess.Popen(command, env=ours, stdout=log, stderr=subprocess.STDOUT))
+        else:
+            processes.append(warm.start(script, flags, log.name, environment=ours))
     return processes, log
 
 

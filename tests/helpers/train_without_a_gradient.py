@@ -11,8 +11,8 @@ from run import stages
 plain = stages.build_stage
 
 
-def build_stage(args, name, models, *others):
-    stage = plain(args, name, models, *others)
+def build_stage(args, name, models, *others, **named):
+    stage = plain(args, name, models, *others, **named)
     average = stage.average_gradients
 
     def lose():

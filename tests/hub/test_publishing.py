@@ -91,6 +91,7 @@ def elsewhere(code, *arguments, hub, folder):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["push_to_hub", "upload_folder"])
 def test_pushed_and_loaded_from_the_hub(checkpoint, hub, tmp_path, way):
     folder, student = checkpoint

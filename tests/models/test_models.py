@@ -246,6 +246,7 @@ model.save_pretrained(again)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pure", "hybrid"])
 def test_loads_without_this_repository(tmp_path, kind):
     """A fresh process elsewhere, twice: from our checkpoint, and from what that process has saved."""

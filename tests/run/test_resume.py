@@ -1,19 +1,15 @@
 """A run that is killed, stopped or starved goes on as if nothing had happened, bit for bit (on the CPU)."""
 
-import os
 import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
-from helpers import runs
+from helpers import runs, warm
 
 pytestmark = pytest.mark.slow
 
@@ -21,13 +17,11 @@ OPTIONS = dict(max_steps=14, save_interval=4, grad_accumulation_steps=2, freeze_
 KILLS = 20
 
 
-def start(argv: list[str], log: Path) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "train.py"), *argv]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(command, stdout=log.open("a"), stderr=subprocess.STDOUT, env=env)
+def start(argv: list[str], log: Path) -> warm.Process:
+    return warm.start("train.py", argv, log)
 
 
-def wait_for(log: Path, pattern: str, process: subprocess.Popen, start_at: int = 0, timeout: float = 120) -> None:
+def wait_for(log: Path, pattern: str, process: warm.Process, start_at: int = 0, timeout: float = 120) -> None:
     """Until the log, from a position on, shows the pattern or the process ends."""
     end = time.monotonic() + timeout
     while time.monotonic() < end and process.poll() is None:
@@ -40,7 +34,7 @@ def wait_for(log: Path, pattern: str, process: subprocess.Popen, start_at: int =
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, tiny_teacher, sources, run_script):
     output = tmp_path_factory.mktemp("whole") / "run"
-    done = run_script("train.py", *runs.flags(tiny_teacher, sources, output, **OPTIONS))
+    done = run_script("train.py", *runs.flags(tiny_teacher, sources, output, **OPTIONS), fresh=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return output
 
@@ -156,12 +150,12 @@ def test_sigusr1_saves_and_goes_on(tmp_path, tiny_teacher, sources):
 
 
 def test_a_second_run_in_the_folder_refuses(tmp_path, tiny_teacher, sources, run_script):
-    options = {**OPTIONS, "max_steps": 400, "skip_stage2": True}
+    options = {**OPTIONS, "max_steps": 100_000, "skip_stage2": True}
     argv, log = runs.flags(tiny_teacher, sources, tmp_path / "run", **options), tmp_path / "log"
     log.touch()
     process = start(argv, log)
     wait_for(log, r"step 1,", process)
-    second = run_script("train.py", *argv)
+    second = run_script("train.py", *argv, fresh=True)
     process.kill()
     process.wait()
     assert second.returncode == 2
@@ -181,7 +175,7 @@ def test_changed_flags_are_listed(tmp_path, tiny_teacher, sources, run_script):
 def test_non_finite_updates_are_skipped_counted_and_end_the_run(tmp_path, tiny_teacher, sources, run_script):
     """A rate of 1e30 makes the second forward pass overflow: the run stops with the last good state saved."""
     options = dict(max_lr="1e30", min_lr="1", max_steps=30, max_bad_steps=3, skip_stage2=True, warmup_ratio=0)
-    done = run_script("train.py", *runs.flags(tiny_teacher, sources, tmp_path / "run", **options))
+    done = run_script("train.py", *runs.flags(tiny_teacher, sources, tmp_path / "run", **options), fresh=True)
     assert done.returncode == 4, done.stdout[-1500:] + done.stderr[-1500:]
     assert "non-finite loss or gradient, update skipped; documents: " in done.stdout
     assert "3 optimizer steps in a row" in done.stdout and "--max_lr" in done.stdout

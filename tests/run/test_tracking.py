@@ -6,6 +6,8 @@ import struct
 
 import pytest
 
+from arguments import parse_arguments
+from conftest import ROOT
 from helpers import runs
 from plot_metrics import plot_runs, read_metrics
 from run.tracking import Tracker
@@ -103,7 +105,7 @@ def test_layers_samples_stages_and_resume_in_an_offline_run(tmp_path, tiny_teach
         assert done.returncode == 0, done.stderr[-2000:]
         history, config, metrics, summary, run_id = parse_back(tmp_path / part)
         ids.append(run_id)
-        for name in ("final", "checkpoint-5"):
+        for name in ("final", "checkpoint-5", "stable-stage1"):  # checkpoint-3 is then the newest
             shutil.rmtree(run / name)
         if part == "second":
             assert [row["train/optimizer_step"] for row in history if "train/loss" in row] == [4, 5]
@@ -164,3 +166,9 @@ def test_durations_and_lines():
     assert format_duration(90061) == "1d 01:01:01" and format_duration(float("inf")) == "?"
     line = format_line({"stage": "stage1", "stage_step": 3, "stage_total": 9, "train/loss": 1.5})
     assert line.startswith("stage1 3/9") and "\n" not in line
+
+
+def test_readme_leads_to_every_flag():
+    assert "docs/flags.md" in (ROOT / "README.md").read_text()
+    listed = (ROOT / "docs" / "flags.md").read_text()
+    assert all(f"`--{name}`" in listed for name in vars(parse_arguments([])))

@@ -267,7 +267,7 @@ def check_final(result: Result, name: str, pair: Pair, exactly: bool) -> None:
         str(pair.flags.get("device", "cpu")),
     )
     log = result.folder / "final.log"
-    assert warm.finished(warm.call(final_figures, arguments, log, {})) == 0, log.read_text()[-3000:]
+    assert warm.call(final_figures, arguments, log) == 0, log.read_text()[-3000:]
     figures = json.loads(report.read_text())
     assert figures["equal"], "the Auto class and the project's own give different logits"
     logged = [line["eval/kl"] for line in runs.metrics(output) if "eval/kl" in line]

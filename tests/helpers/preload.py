@@ -4,12 +4,14 @@ import gc
 
 import matplotlib.pyplot  # noqa: F401
 import pyarrow.parquet  # noqa: F401
+import pytest  # noqa: F401
 import pytorch_optimizer  # noqa: F401
 import torch.distributed.fsdp  # noqa: F401
 import transformers.models.auto.modeling_auto
 import transformers.models.auto.tokenization_auto
 import transformers.models.llama.modeling_llama  # noqa: F401
 
+import evaluate  # noqa: F401
 import plot_metrics  # noqa: F401
 import run.session
 import run.stages  # noqa: F401
