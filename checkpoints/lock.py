@@ -77,7 +77,7 @@ class RunLock:
                         return self._replace(file, pid, host)
                     os.close(file)
                     continue
-                if locked is None or (pid and not locked and process_start(pid) == started):
+                if locked is None or (pid and process_start(pid) == started):
                     raise self._refusal(pid, host)
             except BaseException:
                 os.close(file)
@@ -108,6 +108,7 @@ class RunLock:
         draft = self.path.with_name(f".run.lock-{self.run}")
         file = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         _lock(file)
+        self._file = file
         self._write(file)
         os.replace(draft, self.path)
         time.sleep(min(2.0, self.watch / 10))  # another that watched as long may have done the same just now
@@ -130,6 +131,7 @@ class RunLock:
         """False from the moment that another run's record stands in the file, which is read each time."""
         content = self._content() if self.run and not self.lost else None
         if content is not None:  # a file that is gone, with its mount perhaps, is nobody else's
+            _lock(self._file)  # closing any descriptor of a file, as `_content` does, gives up all locks on it
             with contextlib.suppress(ValueError):
                 record = json.loads(content)
                 self.lost = isinstance(record, dict) and "pid" in record and record.get("run") != self.run

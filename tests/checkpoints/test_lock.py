@@ -244,6 +244,19 @@ except UserError:
     assert sorted(outcomes) == ["locked"] + ["refused"] * 3
 
 
+def test_a_holder_that_has_looked_at_its_lock_still_has_it(tmp_path):
+    """Opening and closing a file gives up all POSIX locks of the process on it."""
+    with RunLock(tmp_path) as lock:
+        assert lock.held()
+        script = Script(HOLD.format(folder=str(tmp_path), hold=0))
+        assert script.line() == "" and script.end()[0] == 1
+        assert lock.held()
+        (tmp_path / "run.lock").write_text("")  # no pid that would tell
+        assert lock.held()
+        script = Script(HOLD.format(folder=str(tmp_path), hold=0))
+        assert script.line() == "" and script.end()[0] == 1
+
+
 @pytest.mark.slow
 def test_a_run_whose_folder_was_taken_stops_without_writing(tiny_teacher, sources, tmp_path):
     flags = runs.flags(tiny_teacher, sources, tmp_path, skip_stage2=True, max_steps=100_000, save_interval=20)
