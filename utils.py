@@ -88,8 +88,8 @@ SAMPLES = "samples.jsonl"
 def wait_passively(device: str = "cpu") -> None:
     """On a CPU, before torch is imported: idle threads of its pool sleep and do not spin, unless the user said how.
 
-    Pools that spin on the same cores as other work, one of a second run say, slow a run down 5 to 13 times; alone it
-    costs a few percent (benchmarks/reports/waiting-cpu-2026-11-26.md).
+    Pools that spin on the same cores as other work, one of a second run say, slow a run down 2 to 13 times; alone it
+    costs 6% to 22% (benchmarks/reports/waiting-cpu-2026-11-26.md).
     """
     if device == "cpu" and not any(name.startswith(("OMP_WAIT_POLICY", "KMP_", "GOMP_")) for name in os.environ):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

@@ -77,7 +77,7 @@ class RunLock:
                         return self._replace(file, pid, host)
                     os.close(file)
                     continue
-                if locked is None or (pid and process_start(pid) == started):
+                if locked is None or (pid and started and process_start(pid) == started):
                     raise self._refusal(pid, host)
             except BaseException:
                 os.close(file)
