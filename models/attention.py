@@ -3,7 +3,8 @@
 Shapes: b batch, t time, d d_model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -11,7 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_masks_for_generate,
+    create_sliding_window_causal_mask,
+)
 
 
 def attention_module(model_type: str) -> Any:
@@ -25,11 +30,59 @@ def attention_parts(model_type: str) -> tuple[type[nn.Module], type[nn.Module]]:
     return getattr(module, f"{prefix}DecoderLayer"), getattr(module, f"{prefix}RotaryEmbedding")
 
 
+def masks_for_generation(config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None, **options: Any) -> Any:
+    """The masks that `generate` makes ahead of a compilable step, by kind of layer.
+
+    As transformers makes them, but that a mixer is told of padding in a single token too: a prompt may be read token
+    by token. attention_mask [b, seen + t].
+    """
+    options.pop("is_first_iteration", None)
+    masks = create_masks_for_generate(
+        config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **options
+    )
+    if isinstance(masks, dict) and attention_mask is not None:
+        tokens = attention_mask[:, -inputs_embeds.shape[1] :]  # strides that grow would compile every step anew
+        masks["linear_attention"] = tokens.clone(memory_format=torch.contiguous_format)
+    return masks
+
+
+def padding_mask(attention_mask: Any, t: int) -> Tensor | None:
+    """What a mixer is told of padding: the mask [b, t] of the tokens at hand; ValueError for a mask of pairs."""
+    if isinstance(attention_mask, dict):
+        return attention_mask.get("linear_attention")
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim != 2:
+        shape = list(attention_mask.shape)
+        raise ValueError(f"attention_mask {shape}: a mixer takes a mask of tokens [batch, length], not of pairs")
+    return attention_mask[:, -t:]
+
+
+@contextmanager
+def recorded_weights(layers: Sequence[Any], weights: list[Tensor]) -> Iterator[None]:
+    """Collect the attention weights [b, heads, t, seen + t] of decoder layers, which return none themselves.
+
+    Only the implementation "eager" computes them.
+    """
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        if output[1] is not None:
+            weights.append(output[1])
+
+    hooks = [layer.self_attn.register_forward_hook(keep) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 class AttentionInputs:
     """Positions, rotary embedding and masks of a forward pass, shared by transformers' decoder layers.
 
     hidden [b, t, d]; position_ids [b, t] or None for one document from the cache's end on. Only given positions are
     searched for packed documents: transformers asks the device whether there are any, and the CPU waits for that.
+    attention_mask: [b, seen + t], or [b, 1, t, seen + t], or a dict of the latter by kind of layer (of `generate`).
     """
 
     def __init__(
@@ -38,31 +91,46 @@ class AttentionInputs:
         rotary_emb: Any,
         hidden: Tensor,
         position_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Any = None,
         cache: Cache | None = None,
         layers: Sequence[int] = (0,),
     ):
         self.config = config
-        plain = attention_mask is None and cache is None and position_ids is None
-        makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-        self.masks = {
-            kind: None
-            if plain and kind == "full_attention" and config._attn_implementation == "sdpa"  # which knows "causal"
-            else makers[kind](
-                config=config,
-                inputs_embeds=hidden,
-                attention_mask=attention_mask,
-                past_key_values=cache,
-                position_ids=position_ids,
-                layer_idx=layers[0],
-            )
-            for kind in {self.mask_type(index) for index in layers}
-        }
+        self.masks = (
+            attention_mask
+            if isinstance(attention_mask, dict)
+            else self._masks(hidden, position_ids, attention_mask, cache, layers)
+        )
         if position_ids is None:
             seen = cache.get_seq_length(layers[0]) if cache is not None else 0
             position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen)[None]
         self.position_ids = position_ids
         self.rotary = rotary_emb(hidden, position_ids=position_ids)
+
+    def _masks(
+        self,
+        hidden: Tensor,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        cache: Cache | None,
+        layers: Sequence[int],
+    ) -> dict[str, Any]:
+        """A mask for each kind of layer, sized by the cache of the first layer of that kind."""
+        plain = attention_mask is None and cache is None and position_ids is None
+        makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        return {
+            kind: None
+            if plain and kind == "full_attention" and self.config._attn_implementation == "sdpa"  # knows "causal"
+            else makers[kind](
+                config=self.config,
+                inputs_embeds=hidden,
+                attention_mask=attention_mask,
+                past_key_values=cache,
+                position_ids=position_ids,
+                layer_idx=index,
+            )
+            for kind, index in {self.mask_type(index): index for index in reversed(layers)}.items()
+        }
 
     def mask_type(self, index: int) -> str:
         """`full_attention` or `sliding_attention`, as the architecture's own model chooses for a layer."""

@@ -54,11 +54,12 @@ class LlambaConfig(PreTrainedConfig):
         ssm_cfg: dict[str, Any] | None = None,
         attention_layers: list[int] | None = None,
         attention_cfg: dict[str, Any] | None = None,
+        use_cache: bool = True,
         **kwargs: Any,
     ):
         self.vocab_size = -(-vocab_size // pad_vocab_size_multiple) * pad_vocab_size_multiple
         self.d_model, self.n_layer = d_model, n_layer
-        self.tie_embeddings = tie_embeddings
+        self.tie_embeddings = tie_embeddings or bool(kwargs.get("tie_word_embeddings"))
         self.pad_vocab_size_multiple = pad_vocab_size_multiple
         self.lm_head_bias = lm_head_bias
         self.norm_epsilon = norm_epsilon
@@ -68,8 +69,9 @@ class LlambaConfig(PreTrainedConfig):
         self.ssm_cfg: dict[str, Any] = defaults | (ssm_cfg or {})
         self.attention_layers = sorted(attention_layers or [])
         self.attention_cfg = attention_cfg
+        self.use_cache = use_cache
         self._check_heads()
-        kwargs["tie_word_embeddings"] = tie_embeddings
+        kwargs["tie_word_embeddings"] = self.tie_embeddings
         super().__init__(**kwargs)
 
     def _check_heads(self) -> None:
@@ -89,6 +91,46 @@ class LlambaConfig(PreTrainedConfig):
     def d_inner(self) -> int:
         """Width of the mixer: expand * d_model, rounded, since `expand` may be a float."""
         return round(self.ssm_cfg["expand"] * self.d_model)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What each layer is, in transformers' words: its caches and masks are made by these."""
+        fields = self.attention_cfg or {}
+        sliding = "sliding_attention" if fields.get("sliding_window") else "full_attention"
+        types = fields.get("layer_types") or [sliding] * self.n_layer
+        return [types[i] if i in self.attention_layers else "linear_attention" for i in range(self.n_layer)]
+
+    @property
+    def sliding_window(self) -> int | None:
+        """Of the attention layers that have one: how many tokens they see."""
+        return (self.attention_cfg or {}).get("sliding_window")
+
+    @sliding_window.setter
+    def sliding_window(self, tokens: int | None) -> None:
+        if self.attention_cfg is not None:
+            self.attention_cfg["sliding_window"] = tokens
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Of the attention layers, or of the mixers where there are none."""
+        return (self.attention_cfg or {}).get("num_attention_heads", self.ssm_cfg["n_v_heads"])
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Of the attention layers, as a static cache that is made ahead is sized."""
+        return (self.attention_cfg or {}).get("num_key_value_heads", self.num_attention_heads)
+
+    @property
+    def head_dim(self) -> int:
+        """Of the attention layers."""
+        return (self.attention_cfg or {}).get("head_dim") or self.d_model // self.num_attention_heads
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """transformers' own, which names one class for remote code: AutoModel finds the backbone beside it."""
+        classes = getattr(self, "auto_map", None) or {}
+        if "AutoModelForCausalLM" in classes:
+            classes["AutoModel"] = classes["AutoModelForCausalLM"].replace("LlambaForCausalLM", "LlambaModel")
+        super().save_pretrained(*args, **kwargs)
 
     @staticmethod
     def describe_attention(teacher: PreTrainedConfig) -> dict[str, Any]:

@@ -1,11 +1,18 @@
-"""What of a layer is as in every Llama: the norm and the MLP."""
+"""The student's plain layers: norm, MLP, and a mixer's input projection and convolution.
+
+A layer's weights are read in its own forward alone, so that what wraps or hooks a layer (adapters, offloading) works.
+Shapes: b batch, t time, d d_model, c channels, K convolution width.
+"""
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from .configuration_llamba import LlambaConfig
 from .state_space import decay_dtype
+
+CONV_WIDTH = 4
 
 
 class LlambaRMSNorm(nn.Module):
@@ -35,3 +42,39 @@ class LlambaMLP(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class FilledLinear(nn.Linear):
+    """A linear map of any number of rows: where that is no multiple of 8, products with it would be slow."""
+
+    def forward(self, u: Tensor, keep_fill: bool = False) -> Tensor:
+        """u [b, t, d] -> [b, t, rows]; with `keep_fill` rows is rounded up to 8, and the last ones are zeros."""
+        fill = -self.out_features % 8
+        if not fill:
+            return super().forward(u)
+        bias = None if self.bias is None else F.pad(self.bias, (0, fill))
+        filled = F.linear(u, F.pad(self.weight, (0, 0, 0, fill)), bias)
+        return filled if keep_fill else filled[..., : self.out_features]
+
+
+class CausalConv1d(nn.Conv1d):
+    """Causal depthwise convolution as K shifted products, which compile into one kernel with what surrounds it."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, CONV_WIDTH, groups=channels, bias=True)
+
+    def forward(self, padded: Tensor, resets: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """padded [b, K-1+t, c] -> [b, t, c]; a tap that would reach over a document's start (resets) is left out."""
+        t = padded.shape[1] - (CONV_WIDTH - 1)
+        assert self.bias is not None
+        weight = self.weight.to(padded.dtype)
+        mixed = self.bias.to(padded.dtype) + weight[:, 0, -1] * padded[:, CONV_WIDTH - 1 :]
+        documents = None if resets is None else F.pad(resets.long().cumsum(-1), (CONV_WIDTH - 1, 0))
+        for shift in range(1, CONV_WIDTH):
+            start = CONV_WIDTH - 1 - shift
+            earlier = padded[:, start : start + t]
+            if documents is not None:
+                same = documents[:, start : start + t] == documents[:, CONV_WIDTH - 1 :]
+                earlier = earlier * same[..., None]
+            mixed = mixed + weight[:, 0, -1 - shift] * earlier
+        return mixed

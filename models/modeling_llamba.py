@@ -1,25 +1,33 @@
 """The Llamba student: Mamba-2 mixers in a Llama's residual stack, with attention at chosen layers.
 
-Shapes: b batch, t time, d d_model, I d_inner, H x-heads, G B/C-heads, P = I / H, N state size, K convolution width.
+Shapes: b batch, t time, d d_model.
 A checkpoint carries this file and those that it imports, so that it loads anywhere.
 """
 
+from contextlib import nullcontext
+from copy import deepcopy
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple
 
-from .attention import AttentionInputs, attention_module, attention_parts
-from .cache import MixerState
+from .attention import (
+    AttentionInputs,
+    attention_module,
+    attention_parts,
+    masks_for_generation,
+    padding_mask,
+    recorded_weights,
+)
+from .cache import MixerState, layers_with_states
 from .configuration_llamba import LlambaConfig
 from .layers import LlambaMLP, LlambaRMSNorm
-from .state_space import decay_dtype, ssd_chunked, ssd_step
+from .mixer import LlambaMixer
 
 __all__ = [
     "AttentionInputs",
@@ -27,136 +35,12 @@ __all__ = [
     "LlambaForCausalLM",
     "LlambaMixer",
     "LlambaModel",
+    "LlambaRMSNorm",
     "MixerState",
     "attention_module",
 ]
 
-CONV_WIDTH = 4
-
-
-class LlambaMixer(nn.Module):
-    """Mamba-2: in_proj -> causal convolution -> state-space operator -> gate -> out_proj.
-
-    `ssm_cfg["mixer"]`: "llamba", the discrete form that is published, log a_t = -softplus(A_log_t); or "mamba2", the
-    form of arXiv 2405.21060, which others serve: dt_t = softplus(raw_t + dt_bias), log a_t = -exp(A_log) dt_t, and
-    what enters the state is multiplied by dt_t (on B's side: each head has its own).
-    """
-
-    def __init__(self, config: LlambaConfig):
-        super().__init__()
-        ssm = config.ssm_cfg
-        self.d_inner, self.d_state, self.chunk_size = config.d_inner, ssm["d_state"], ssm["chunk_size"]
-        self.n_v_heads, self.n_qk_heads = ssm["n_v_heads"], ssm["n_qk_heads"]
-        self.d_head = self.d_inner // self.n_v_heads
-        groups = self.n_qk_heads * self.d_state
-        self.d_conv = self.d_inner + 2 * groups
-        self.in_proj_rows = (self.d_inner, groups, groups, self.d_inner, self.n_v_heads)  # x, B, C, z, A_log
-        self.in_proj = nn.Linear(config.d_model, sum(self.in_proj_rows), bias=ssm["bias"])
-        self.z_bias = nn.Parameter(torch.zeros(self.d_inner)) if ssm["z_bias"] else None
-        self.dt_bias: Any = None
-        self.A_log: Any = None
-        if ssm["mixer"] == "mamba2":
-            self.dt_bias = nn.Parameter(torch.zeros(self.n_v_heads))
-            self.A_log = nn.Parameter(torch.zeros(self.n_v_heads))
-        self.conv1d: Any = nn.Conv1d(self.d_conv, self.d_conv, CONV_WIDTH, groups=self.d_conv, bias=True)
-        self.D = nn.Parameter(torch.ones(self.n_v_heads))
-        self.out_proj = nn.Linear(self.d_inner, config.d_model, bias=ssm["bias"])
-        self.activation = nn.Identity() if ssm["activation"] == "identity" else ACT2FN[ssm["activation"]]
-
-    def project(
-        self, u: Tensor, resets: Tensor | None = None, mask: Tensor | None = None, past: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """x [b,t,H,P], B and C [b,t,G,N], log a [b,t,H], z [b,t,I], and the convolution's inputs [b,K-1+t,..].
-
-        u [b, t, d]; resets bool [b, t]; mask [b, t] is 0 at padding; past [b, K-1, I+2GN] precedes the sequence.
-        """
-        xBC, z, raw = self._project_in(u)
-        if mask is not None:
-            xBC = xBC * mask[..., None].to(xBC.dtype)
-        padded = F.pad(xBC, (0, 0, CONV_WIDTH - 1, 0)) if past is None else torch.cat((past, xBC), dim=1)
-        mixed = self.activation(self._convolve(padded, u.shape[1], resets))
-        if mask is not None:
-            mixed = mixed * mask[..., None].to(mixed.dtype)
-        groups = self.n_qk_heads * self.d_state
-        x, B, C = mixed.split([self.d_inner, groups, groups], dim=-1)
-        x = x.unflatten(-1, (self.n_v_heads, self.d_head))
-        B, C = (part.unflatten(-1, (self.n_qk_heads, self.d_state)) for part in (B, C))
-        log_decay, dt = self._log_decay(raw)
-        if dt is not None:
-            B = (B * dt[..., None]).to(B.dtype)
-        return x, B, C, log_decay, z, padded
-
-    def _log_decay(self, raw: Tensor) -> tuple[Tensor, Tensor | None]:
-        """log a_t and the step sizes dt_t (None for "llamba"), both [b, t, H] in float32 or better."""
-        wide = decay_dtype(raw.dtype)
-        if self.A_log is None:
-            return -F.softplus(raw.to(wide)), None
-        dt = F.softplus(raw.to(wide) + self.dt_bias.to(wide))
-        return -torch.exp(self.A_log.to(wide)) * dt, dt
-
-    def _project_in(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """in_proj's xBC [b, t, I+2GN], z [b, t, I] and what the decays come from [b, t, H].
-
-        Rows that are no multiple of 8 would make every product with them slow: they are filled up with zeros.
-        """
-        weight: Tensor = self.in_proj.weight
-        bias: Tensor | None = self.in_proj.bias
-        fill = -weight.shape[0] % 8
-        if fill:
-            weight = F.pad(weight, (0, 0, 0, fill))
-            bias = None if bias is None else F.pad(bias, (0, fill))
-        projected = F.linear(u, weight, bias) if fill else self.in_proj(u)
-        xBC, z, raw, _ = projected.split([self.d_conv, self.d_inner, self.n_v_heads, fill], dim=-1)
-        return xBC, z, raw
-
-    def _convolve(self, padded: Tensor, t: int, resets: Tensor | None) -> Tensor:
-        """Causal depthwise convolution as K shifted products, which compile into one kernel with what surrounds it.
-
-        padded [b, K-1+t, I+2GN] -> [b, t, I+2GN]; a tap that would reach over a document's start is left out.
-        """
-        weight = self.conv1d.weight.to(padded.dtype)
-        mixed = self.conv1d.bias.to(padded.dtype) + weight[:, 0, -1] * padded[:, CONV_WIDTH - 1 :]
-        documents = None if resets is None else F.pad(resets.long().cumsum(-1), (CONV_WIDTH - 1, 0))
-        for shift in range(1, CONV_WIDTH):
-            start = CONV_WIDTH - 1 - shift
-            earlier = padded[:, start : start + t]
-            if documents is not None:
-                same = documents[:, start : start + t] == documents[:, CONV_WIDTH - 1 :]
-                earlier = earlier * same[..., None]
-            mixed = mixed + weight[:, 0, -1 - shift] * earlier
-        return mixed
-
-    def decays(self, u: Tensor) -> Tensor:
-        """a_t for inputs u [b, t, d]: [b, t, H], float32 or better."""
-        rows = self.in_proj.weight[-self.n_v_heads :]
-        bias = None if self.in_proj.bias is None else self.in_proj.bias[-self.n_v_heads :]
-        return self._log_decay(F.linear(u, rows, bias))[0].exp()
-
-    def forward(
-        self,
-        u: Tensor,
-        resets: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        cache: MixerState | None = None,
-    ) -> Tensor:
-        """u [b, t, d] -> [b, t, d]; `cache` is read and replaced by the state after the last token."""
-        past = state = None
-        if cache is not None and cache.is_initialized:
-            past, state = cache.keys, cache.values
-        x, B, C, log_decay, z, padded = self.project(u, resets, attention_mask, past)
-        if state is not None and u.shape[1] == 1:
-            y, state = ssd_step(x[:, 0], log_decay[:, 0], B[:, 0], C[:, 0], self.D, state)
-            y = y[:, None]
-        else:
-            y, state = ssd_chunked(
-                x, log_decay, B, C, self.D, chunk_size=self.chunk_size, resets=resets, initial_state=state
-            )
-        if cache is not None:
-            # A copy: a view would keep the convolution's inputs of the whole prompt alive.
-            cache.update(padded[:, -(CONV_WIDTH - 1) :].clone(), state)
-            cache.cumulative_length += u.shape[1]
-        gate = F.silu(z if self.z_bias is None else z + self.z_bias.to(z.dtype))
-        return self.out_proj(y.flatten(2) * gate)
+logger = logging.get_logger(__name__)
 
 
 class LlambaBlock(GradientCheckpointingLayer):
@@ -199,6 +83,19 @@ class LlambaPreTrainedModel(PreTrainedModel):
                     nn.init.zeros_(getattr(module, name))
             nn.init.ones_(module.D)
 
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        super().set_attn_implementation(*args, **kwargs)
+        backbone = self.base_model
+        if isinstance(backbone, LlambaModel):
+            backbone.share_attn_implementation()
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """transformers' own; a size that is not rounded up is one that a configuration must not round up either."""
+        embedding = super().resize_token_embeddings(*args, **kwargs)
+        if self.config.vocab_size % self.config.pad_vocab_size_multiple:
+            self.config.pad_vocab_size_multiple = 1
+        return embedding
+
 
 class LlambaModel(LlambaPreTrainedModel):
     """The backbone: embedding, layers, final norm; a rotary embedding for its attention layers, if any."""
@@ -217,6 +114,8 @@ class LlambaModel(LlambaPreTrainedModel):
             for index in config.attention_layers:
                 self.layers[index] = layer_class(self.attention_config, index)
             self.rotary_emb = rotary_class(self.attention_config)
+            self._no_split_modules = [*LlambaPreTrainedModel._no_split_modules, layer_class.__name__]
+        self.gradient_checkpointing = False
         self.post_init()
 
     def _make_layer(self, index: int) -> nn.Module:
@@ -229,65 +128,89 @@ class LlambaModel(LlambaPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embedding = value
 
+    def share_attn_implementation(self) -> None:
+        """Attention layers compute as the configuration says: they and their masks have one of their own."""
+        layers: list[Any] = [self.layers[index] for index in self.config.attention_layers]
+        configs = [layer.self_attn.config for layer in layers] + ([self.attention_config] if layers else [])
+        for config in configs:
+            config._attn_implementation = self.config._attn_implementation
+
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Any = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
-        use_cache: bool = False,
-        output_hidden_states: bool = False,
+        use_cache: bool | None = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **unknown: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states after the final norm [b, t, d] for input_ids [b, t]; on request every layer's input too.
 
         position_ids [b, t] that restart at 0 without a cache or mask mark packed documents, which are kept apart:
-        attention by transformers' own packed mask, mixers by resetting convolution and state.
+        attention by transformers' own packed mask, mixers by resetting convolution and state. attention_mask
+        [b, seen + t], or a dict of masks as `generate` makes it; also [b, 1, t, seen + t] where all layers are
+        attention. Raises ValueError for both or none of input_ids and inputs_embeds [b, t, d].
         """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds is needed")
         hidden = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and self.gradient_checkpointing and self.training:
+            logger.warning_once("use_cache=True does not go with gradient checkpointing: the cache is off")
+            use_cache, past_key_values = False, None
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        caches = self._layer_caches(past_key_values)
-        packed = position_ids is not None and past_key_values is None and attention_mask is None
-        resets = position_ids == 0 if packed else None
-        padding = self._padding(attention_mask, hidden.shape[1])
-        attention = None
-        if self.config.attention_layers:
-            indices = self.config.attention_layers
-            attention = AttentionInputs(
-                self.attention_config, self.rotary_emb, hidden, position_ids, attention_mask, past_key_values, indices
-            )
-        inputs = []
-        for index, layer in enumerate(self.layers):
-            if output_hidden_states:
-                inputs.append(hidden)
-            if attention is not None and index in self.config.attention_layers:
-                options = attention.for_layer(index)
-                hidden = layer(hidden, past_key_values=past_key_values, use_cache=use_cache, **options)
-            else:
-                hidden = layer(hidden, resets, padding, caches[index] if caches else None)
-        hidden = self.final_layernorm(hidden)
+            past_key_values = DynamicCache(config=self.config)
+        keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        record = self.config.output_attentions if output_attentions is None else output_attentions
+        calls = self._calls(hidden, position_ids, attention_mask, past_key_values, use_cache)
+        weights: list[Tensor] = []
+        attention = [self.layers[index] for index in self.config.attention_layers]
+        with recorded_weights(attention, weights) if record else nullcontext():
+            states = self._run(hidden, calls, keep)
         return BaseModelOutputWithPast(
-            last_hidden_state=hidden,
+            last_hidden_state=states[-1],
             past_key_values=past_key_values,
-            hidden_states=(*inputs, hidden) if output_hidden_states else None,
+            hidden_states=tuple(states) if keep else None,
+            attentions=tuple(weights) if record else None,
         )
 
-    def _layer_caches(self, cache: Cache | None) -> list[Any] | None:
-        """The cache's layers, with a `MixerState` wherever a mixer stands and nothing is cached yet."""
-        if cache is None:
-            return None
-        while len(cache.layers) < len(self.layers):
-            cache.layers.append(DynamicLayer())
-        for index in range(len(self.layers)):
-            is_mixer = index not in self.config.attention_layers
-            if is_mixer and not isinstance(cache.layers[index], MixerState):
-                cache.layers[index] = MixerState()
-        return cache.layers
+    def _run(self, hidden: Tensor, calls: list[dict[str, Any]], keep: bool | None) -> list[Tensor]:
+        """The final hidden states [b, t, d], behind the inputs of every layer if they are to be kept."""
+        states = []
+        for layer, options in zip(self.layers, calls):
+            if keep:
+                states.append(hidden)
+            hidden = layer(hidden, **options)
+        return [*states, self.final_layernorm(hidden)]
 
-    def _padding(self, attention_mask: Tensor | None, t: int) -> Tensor | None:
-        """The mask [b, t] of the tokens at hand, or None when a mixer has nothing to mask."""
-        return None if attention_mask is None or t == 1 else attention_mask[:, -t:]
+    def _calls(
+        self,
+        hidden: Tensor,
+        position_ids: Tensor | None,
+        attention_mask: Any,
+        cache: Cache | None,
+        use_cache: bool | None,
+    ) -> list[dict[str, Any]]:
+        """Arguments of every layer's forward pass beside the hidden states."""
+        caches = layers_with_states(cache, self.config)
+        packed = position_ids is not None and cache is None and attention_mask is None
+        resets = position_ids == 0 if packed else None
+        mixers = len(self.config.attention_layers) < len(self.layers)
+        padding = padding_mask(attention_mask, hidden.shape[1]) if mixers else None
+        calls: list[dict[str, Any]] = [
+            {"resets": resets, "attention_mask": padding, "cache": caches[index] if caches else None}
+            for index in range(len(self.layers))
+        ]
+        if indices := self.config.attention_layers:
+            attention = AttentionInputs(
+                self.attention_config, self.rotary_emb, hidden, position_ids, attention_mask, cache, indices
+            )
+            for index in indices:
+                calls[index] = attention.for_layer(index) | {"past_key_values": cache, "use_cache": use_cache}
+        return calls
 
 
 class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
@@ -328,26 +251,30 @@ class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
         self.config.attention_layers = sorted({*self.config.attention_layers, *layers})
         self.config.attention_cfg = LlambaConfig.describe_attention(teacher_config)
         self.config._attn_implementation = teacher_config._attn_implementation
-        backbone.attention_config, backbone.rotary_emb = teacher_config, rotary_emb
+        backbone.attention_config, backbone.rotary_emb = deepcopy(teacher_config), rotary_emb
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Any = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **unknown: Any,
+        **options: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [b, t, vocab] (the last `logits_to_keep` positions); with `labels` [b, t] the shifted mean loss.
 
-        Arguments that this model has no use for are passed over.
+        `options` are the loss's: `num_items_in_batch` divides the sum in place of the tokens at hand (a Trainer's
+        accumulation), `shift_labels` are labels that are shifted already. Others are passed over.
         """
-        use_cache = not self.training if use_cache is None else use_cache
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
         output = self.backbone(
             input_ids,
             position_ids=position_ids,
@@ -356,22 +283,36 @@ class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **options)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
+            attentions=output.attentions,
         )
+
+    create_masks_for_generate = staticmethod(masks_for_generation)
+
+    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own; mixers' states are put in at once, since they know their length and what compiles."""
+        generation: Any = super()
+        result = generation._prepare_cache_for_generation(*args, **kwargs)
+        model_kwargs = kwargs.get("model_kwargs") or args[1]
+        layers_with_states(model_kwargs.get("past_key_values"), self.config)
+        return result
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         """`generate()` passes over arguments that it does not know."""
 
 
 LlambaConfig.register_for_auto_class()
+LlambaModel.register_for_auto_class("AutoModel")
 LlambaForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -22,6 +22,12 @@ CHAT_TEMPLATE = (
 )
 
 
+TRANSFORMERS_MARKS = (  # of transformers' own common tests, see helpers/transformers_suite.py
+    "accelerate_tests", "flash_attn_test", "flash_attn_3_test", "flash_attn_4_test", "is_training_test",
+    "torch_compile_test", "order",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(config, items):
     import torch
 
@@ -35,6 +41,8 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_configure(config):
     config.pluginmanager.register(Durations(), "durations")
+    for mark in TRANSFORMERS_MARKS:
+        config.addinivalue_line("markers", f"{mark}: a group of transformers' own tests")
 
 
 @pytest.fixture(scope="session")

@@ -93,7 +93,7 @@ def test_the_student_carries_its_modelling_code(tmp_path):
     folder = tmp_path / "checkpoint-1"
     assert {"modeling_llamba.py", "configuration_llamba.py", "state_space.py"} <= set(names_in(folder))
     described = json.loads((folder / "config.json").read_text())
-    assert set(described["auto_map"]) == {"AutoConfig", "AutoModelForCausalLM"}
+    assert set(described["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
     assert described["dtype"] == "bfloat16"
     assert LlambaForCausalLM.from_pretrained(folder).config.d_model == 16
 

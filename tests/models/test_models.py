@@ -105,7 +105,8 @@ def test_the_mixer_is_its_definition(activation):
             parameter.copy_(0.3 * torch.randn_like(parameter))
     u = torch.randn(2, 37, 48, dtype=torch.float64)
     xBC, z, A_log = mixer.in_proj(u).split([72 + 32, 72, 4], -1)
-    mixed = mixer.conv1d(F.pad(xBC.transpose(1, 2), (3, 0))).transpose(1, 2)
+    conv = mixer.conv1d
+    mixed = F.conv1d(F.pad(xBC.transpose(1, 2), (3, 0)), conv.weight, conv.bias, groups=104).transpose(1, 2)
     mixed = F.silu(mixed) if activation == "silu" else mixed
     x, B, C = mixed.split([72, 16, 16], -1)
     x, B, C = x.unflatten(-1, (4, 18)), B.unflatten(-1, (2, 8)), C.unflatten(-1, (2, 8))

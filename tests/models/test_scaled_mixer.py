@@ -30,7 +30,8 @@ def by_recurrence(mixer: LlambaMixer, u: torch.Tensor) -> torch.Tensor:
     """arXiv 2405.21060's mixer token by token, without SiLU after the convolution and without a gated norm."""
     H, P, N = mixer.n_v_heads, mixer.d_head, mixer.d_state
     xBC, z, raw = mixer.in_proj(u).split([mixer.d_conv, mixer.d_inner, H], -1)
-    mixed = mixer.conv1d(F.pad(xBC.transpose(1, 2), (3, 0))).transpose(1, 2)
+    conv = mixer.conv1d
+    mixed = F.conv1d(F.pad(xBC.transpose(1, 2), (3, 0)), conv.weight, conv.bias, groups=mixer.d_conv).transpose(1, 2)
     x, B, C = mixed.split([H * P, H * N, H * N], -1)
     x, B, C = x.unflatten(-1, (H, P)), B.unflatten(-1, (H, N)), C.unflatten(-1, (H, N))
     dt = torch.log1p(torch.exp(raw + mixer.dt_bias))
