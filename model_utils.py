@@ -1,6 +1,6 @@
 """The two models and the surgery between them: load, transfer, replace, freeze, share.
 
-Order matters and is always the same (see `train.py`): the student is loaded or built, the teacher's weights are
+Order matters and is always the same (`run/build.py`): the student is loaded or built, the teacher's weights are
 transferred, chosen layers are replaced by deep copies of the teacher's, parameters are frozen, and frozen tensors
 that equal the teacher's share its storage.
 """

@@ -87,7 +87,11 @@ def distill(args: Arguments, ranks: "Ranks") -> int:
     seed_everything(args.seed)
     with contextlib.ExitStack() as held:
         lock = RunLock(Path(args.output_dir))  # the first rank's alone is taken; it alone writes
-        ranks.first(lambda: held.enter_context(lock) and None)
+
+        def take_lock() -> None:
+            held.enter_context(lock)
+
+        ranks.first(take_lock)
         signals = held.enter_context(StopSignals())
         signals.leave_at_once = True  # nothing to save before the first step
         begun = ranks.together(lambda: Beginning(args, ranks, lock))

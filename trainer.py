@@ -91,9 +91,9 @@ def run_stage(stage: Stage, progress: Progress, services: Services) -> bool:
     """Run one stage to its end; returns False when a signal stopped it early (after saving).
 
     Loss and gradients of an optimizer step are means over the valid tokens of its whole window, on all ranks.
-    A step with a non-finite loss or gradient leaves the weights as they are and is counted. Raises
-    `TooManyBadSteps` after `services.max_bad_steps` of them in a row, with a checkpoint of the last good state, and
-    `UntrainedTensors` when the first update that counts leaves a trainable tensor without a gradient.
+    A step with a non-finite gradient leaves the weights as they are (with updates in the backward pass those behind
+    the bad one, see `UpdateInBackward`) and is counted. Raises `TooManyBadSteps` after `services.max_bad_steps` of
+    them in a row, with a checkpoint, and `UntrainedTensors` when the first update that counts leaves a trainable tensor without a gradient.
     """
     meter, journal = Meter(progress, stage), Journal(services)
     watch, check = BadStepWatch(progress, services.max_bad_steps), GradientCheck(stage)
@@ -214,7 +214,8 @@ def accumulate(stage: Stage, window: list[DeviceBatch], stop: Callable[[], bool]
 def _advance(progress: Progress, stage: Stage, window: list[DeviceBatch]) -> None:
     progress.optimizer_step += 1
     progress.stage_step += 1
-    progress.stage_cooled += (stable := stage.stable_step) is not None and progress.stage_step > stable
+    if stage.stable_step is not None and progress.stage_step > stage.stable_step:
+        progress.stage_cooled += 1
     progress.micro_step += len(window)
     tokens = _window_tokens(stage, window)
     progress.tokens += tokens

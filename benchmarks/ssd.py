@@ -6,8 +6,8 @@ python -m benchmarks.ssd [--length 4096] [--heads 32] [--groups 32] [--state 64]
 Times are medians after warm-up, by CUDA events on a GPU and by the clock elsewhere. On a GPU each is taken twice:
 with the host far ahead of the device, as in the midst of a training step (forward_ms, both_ms), and from an idle
 device, where a chain of short kernels also waits for the host to launch them (.._from_idle_ms). Errors are relative,
-against the same operator in float64 (which tests/test_state_space.py holds against the recurrence), the worst of the
-output and of the five gradients. `--operator` measures another file's `ssd_chunked` beside ours.
+against the same operator in float64 (tests/models/test_state_space.py holds it against the recurrence), the worst of
+the output and of the five gradients. `--operator` measures another file's `ssd_chunked` beside ours.
 """
 
 import argparse

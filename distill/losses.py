@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hardware.compilation import maybe_compiled
+
 # The student's logits of a chunk, m * V. Each chunk reads and writes the head's whole float32 gradient once, so it
 # should be large. As a kernel or compiled, only two buffers live: these, and the teacher's for an eighth of the rows
 # at a time; 2.25 * 2**28 bytes (0.56 GiB) in bf16. Eagerly, about eight float32 temporaries of a chunk: 32 MiB each.
@@ -95,18 +97,6 @@ def scaled_terms(
     sums, gradient = token_terms(student, teacher, labels, valid, temperature, kl_weight, ce_weight)
     student.copy_(gradient * scale)
     return sums
-
-
-_compiled: dict[Any, Any] = {}
-
-
-def maybe_compiled(function: Any, compile: bool) -> Any:
-    """The function itself, or its compiled form, of which there is one in a process."""
-    if not compile:
-        return function
-    if function not in _compiled:
-        _compiled[function] = torch.compile(function, dynamic=False)
-    return _compiled[function]
 
 
 def _row_function(kernel: bool, compile: bool) -> Any:

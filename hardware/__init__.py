@@ -1,1 +1,1 @@
-"""One device or many: ranks, sharding, compilation, recomputation, graphs, fp8, memory. It knows no flag."""
+"""One device or many: ranks, sharding, compilation, recomputation, graphs, fp8, memory. It parses no flag."""

@@ -53,3 +53,15 @@ def compiles_here(what: str, run: Callable[[], Any]) -> bool:
         log.warning("%s does not compile here, running it eagerly: %s: %s", what, type(error).__name__, reason)
         return False
     return True
+
+
+_compiled: dict[Any, Any] = {}
+
+
+def maybe_compiled(function: Any, compile: bool) -> Any:
+    """The function itself, or its compiled form, of which there is one in a process."""
+    if not compile:
+        return function
+    if function not in _compiled:
+        _compiled[function] = torch.compile(function, dynamic=False)
+    return _compiled[function]

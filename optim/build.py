@@ -24,7 +24,6 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """`adamw` (float32 masters and moments), `adamw8bit` (exact masters, 8-bit moments), `muon` or `flashadamw`."""
     if name == "muon":
-        from optim.build import muon_groups
         from optim.muon import Muon
 
         return Muon(muon_groups(module, weight_decay), lr=lr, kernel=kernel)
@@ -41,7 +40,7 @@ def build_optimizer(
 
 
 def muon_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """`optimizer.parameter_groups`, with the layers' matrices in groups of their own.
+    """`parameter_groups`, with the layers' matrices in groups of their own.
 
     Such a group has `rows`: those of each matrix that a parameter of it holds, one above the other.
     """

@@ -3,7 +3,7 @@
 The gradient of a matrix is dominated by a few directions; orthogonalising its momentum gives all of them the same
 step (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/). Updates are scaled to the size that AdamW's
 have, about 0.2 an entry, so that learning rates and weight decay mean the same (arXiv 2502.16982, section 2.2).
-Embedding, head, convolutions and vectors are left to `optimizer.AdamW8bit`.
+Embedding, head, convolutions and vectors are left to `AdamW8bit`.
 
 A mixer's in_proj holds five matrices one above the other, which are orthogonalised apart.
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.losses import maybe_compiled
+from hardware.compilation import maybe_compiled
 from optim.adamw8bit import AdamW8bit
 from optim.masters import join_master, split_master
 

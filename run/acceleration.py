@@ -48,7 +48,7 @@ def captures(args: Arguments, models: Models, ranks: Ranks) -> bool:
 
 
 def accelerate(args: Arguments, models: Models, modes: str | Sequence[str]) -> None:
-    """Apply checkpointing, the fp8 teacher and compilation to a pair (`build.Models`), in place."""
+    """Apply checkpointing, the fp8 teacher and compilation to a pair (`run.pair.Models`), in place."""
     set_activation_checkpointing(models.student, modes)
     if args.teacher_fp8 and models.teacher is not None:
         check_fp8(models.teacher_device)

@@ -24,7 +24,7 @@ from helpers.pages import PAGES, Desk, blocks
 NOT_RUN = {
     "make demo": "the demo itself takes minutes, the suite would run itself",
     "pip install -r requirements.txt": "installs packages and asks for an account",
-    "--tasks arc_easy": "needs lm-evaluation-harness and its data sets; tests/test_evaluate.py runs both commands",
+    "--tasks arc_easy": "needs lm-evaluation-harness and its data; tests/evaluation/test_evaluate.py runs both",
     "docs/schedulers.md": "needs a scheduler; tests/run/test_schedulers.py parses and runs its files",
 }
 # What is done before a block and after it, where a reader would wait, or knows what he has.

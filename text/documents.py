@@ -49,7 +49,7 @@ class BadDocument(ValueError):
 
 
 def separator_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The token after every document: `<|end_of_text|>`, else `<|endoftext|>`, else eos (DESIGN, Settled)."""
+    """The token after every document: `<|end_of_text|>`, else `<|endoftext|>`, else eos."""
     vocabulary = tokenizer.get_vocab()
     for name in SEPARATORS:
         if name in vocabulary:
