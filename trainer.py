@@ -90,10 +90,11 @@ def windows(batches: Iterable[DeviceBatch], size: int) -> Iterator[list[DeviceBa
 def run_stage(stage: Stage, progress: Progress, services: Services) -> bool:
     """Run one stage to its end; returns False when a signal stopped it early (after saving).
 
-    Loss and gradients of an optimizer step are means over the valid tokens of its whole window, on all ranks.
-    A step with a non-finite gradient leaves the weights as they are (with updates in the backward pass those behind
-    the bad one, see `UpdateInBackward`) and is counted. Raises `TooManyBadSteps` after `services.max_bad_steps` of
-    them in a row, with a checkpoint, and `UntrainedTensors` when the first update that counts leaves a trainable tensor without a gradient.
+    Loss and gradients of an optimizer step are means over the valid tokens of its whole window, on all ranks. A step
+    with a non-finite gradient leaves the weights as they are (with updates in the backward pass those behind the bad
+    one, see `UpdateInBackward`) and is counted. Raises `TooManyBadSteps` after `services.max_bad_steps` of them in a
+    row, with a checkpoint, and `UntrainedTensors` when the first update that counts leaves a trainable tensor without
+    a gradient.
     """
     meter, journal = Meter(progress, stage), Journal(services)
     watch, check = BadStepWatch(progress, services.max_bad_steps), GradientCheck(stage)
