@@ -12,11 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
-from transformers.masking_utils import (
-    create_causal_mask,
-    create_masks_for_generate,
-    create_sliding_window_causal_mask,
-)
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 
 def attention_module(model_type: str) -> Any:
@@ -30,17 +26,36 @@ def attention_parts(model_type: str) -> tuple[type[nn.Module], type[nn.Module]]:
     return getattr(module, f"{prefix}DecoderLayer"), getattr(module, f"{prefix}RotaryEmbedding")
 
 
-def masks_for_generation(config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None, **options: Any) -> Any:
-    """The masks that `generate` makes ahead of a compilable step, by kind of layer.
+MASK_MAKERS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
-    As transformers makes them, but that a mixer is told of padding in a single token too: a prompt may be read token
-    by token. attention_mask [b, seen + t].
+
+def masks_for_generation(
+    config: Any,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    past_key_values: Cache | None,
+    position_ids: Tensor | None = None,
+    **unused: Any,
+) -> dict[str, Any]:
+    """The masks that `generate` makes ahead of a compilable step, by kind of layer; attention_mask [b, seen + t].
+
+    In transformers' place, which would not tell a mixer of padding in a single token: a prompt may be read token by
+    token. Each is sized by the cache of the first layer of its kind.
     """
-    options.pop("is_first_iteration", None)
-    masks = create_masks_for_generate(
-        config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **options
-    )
-    if isinstance(masks, dict) and attention_mask is not None:
+    first = {kind: index for index, kind in reversed(list(enumerate(config.layer_types)))}
+    masks = {
+        kind: MASK_MAKERS[kind](
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            layer_idx=index,
+        )
+        for kind, index in first.items()
+        if kind in MASK_MAKERS
+    }
+    if attention_mask is not None:
         tokens = attention_mask[:, -inputs_embeds.shape[1] :]  # strides that grow would compile every step anew
         masks["linear_attention"] = tokens.clone(memory_format=torch.contiguous_format)
     return masks
@@ -117,11 +132,10 @@ class AttentionInputs:
     ) -> dict[str, Any]:
         """A mask for each kind of layer, sized by the cache of the first layer of that kind."""
         plain = attention_mask is None and cache is None and position_ids is None
-        makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
         return {
             kind: None
             if plain and kind == "full_attention" and self.config._attn_implementation == "sdpa"  # knows "causal"
-            else makers[kind](
+            else MASK_MAKERS[kind](
                 config=self.config,
                 inputs_embeds=hidden,
                 attention_mask=attention_mask,

@@ -52,7 +52,7 @@ class Sizes:
             "d_model": self.hidden_size,
             "n_layer": self.num_hidden_layers,
             "mlp_cfg": {"intermediate_size": 48, "bias": False, "act_fn": "silu"},
-            "ssm_cfg": ssm | {"activation": "identity", "bias": False},
+            "ssm_cfg": ssm | {"activation": "identity", "bias": False, "mixer": "llamba", "z_bias": True},
             "attention_layers": self.attention_layers,
             "attention_cfg": dict(ATTENTION) if self.attention_layers else None,
         }
