@@ -107,7 +107,7 @@ EXEMPT = {
     "second_dataset_revision": "as dataset_revision",
     "second_dataset_text_field": "as dataset_name",
     "on_bad_data": "needs broken files; tests/text/test_documents.py",
-    "teacher_fp8": "CUDA only; in the rows on a GPU",
+    "teacher_fp8": "on new cards alone; tests/hardware/test_acceleration.py",
 }
 
 
