@@ -128,9 +128,15 @@ class RunLock:
     # holding it
 
     def held(self) -> bool:
-        """False from the moment that another run's record stands in the file, which is read each time."""
+        """False from the moment that another run's record stands in the file, which is read each time.
+
+        Or when the file is no longer there at all: who took it over may have ended since.
+        """
         content = self._content() if self.run and not self.lost else None
-        if content is not None:  # a file that is gone, with its mount perhaps, is nobody else's
+        if content is None and self.run:
+            with contextlib.suppress(OSError):  # a mount that is gone may come back
+                self.lost = self.lost or os.fstat(self._file).st_nlink == 0
+        if content is not None:
             _lock(self._file)  # closing any descriptor of a file, as `_content` does, gives up all locks on it
             with contextlib.suppress(ValueError):
                 record = json.loads(content)
@@ -141,7 +147,8 @@ class RunLock:
         """Raises `LockTaken` once a beat, or whoever asked `held`, has found the lock taken."""
         if self.lost:
             pid, host, _ = _holder(self._content() or b"")
-            raise LockTaken(f"{self.path} was taken over by process {pid} on {host}; this run writes nothing more")
+            by = f"taken over by process {pid} on {host}" if pid else "taken over by a run that has ended, or removed"
+            raise LockTaken(f"{self.path} was {by}; this run writes nothing more")
 
     def _beat(self) -> None:
         while not self._ended.wait(self.beat) and self.held():

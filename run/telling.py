@@ -76,13 +76,15 @@ class Telling:
         assert models.hidden_states is not None and models.teacher_head is not None  # --eval_dataset needs them
         ranks, pair = self.ranks, (models.step, models.hidden_states, models.teacher_head)
         batches = ranks.together(models.text.held_out_loader)
-        figures = figures_of(
-            lambda batch: ranks.sum(ranks.together(lambda: held_out_sums(*pair, batch, models.device))),
-            ranks.in_step(batches),
-            args.eval_tokens,
-            stop=lambda: self.ranks.agree(self.signals.stop_requested)[0],
-        )
-        reshard(models.step)  # else a stage that begins now would train parameters that are thrown away
+        try:
+            figures = figures_of(
+                lambda batch: ranks.sum(ranks.together(lambda: held_out_sums(*pair, batch, models.device))),
+                ranks.in_step(batches),
+                args.eval_tokens,
+                stop=lambda: self.ranks.agree(self.signals.stop_requested)[0],
+            )
+        finally:  # else what is saved now, or a stage that begins, would have parameters that are thrown away
+            reshard(models.step)
         if not figures:
             log.warning("the evaluation at step %d is left out: a signal asks to stop", progress.optimizer_step)
             return {}

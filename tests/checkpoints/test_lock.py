@@ -209,6 +209,17 @@ def test_a_holder_that_was_suspended_finds_its_lock_taken(tmp_path):
         assert lock.held() and json.loads((tmp_path / "run.lock").read_text())["run"] == lock.run
 
 
+def test_a_suspended_holder_notices_a_takeover_that_has_ended(tmp_path):
+    script = hold_elsewhere(tmp_path)
+    script.send(signal.SIGSTOP)
+    with RunLock(tmp_path, log=lambda line: None, watch=WATCH, beat=0.2):
+        pass
+    assert not (tmp_path / "run.lock").exists()
+    script.send(signal.SIGCONT)
+    assert script.end() == (0, "taken")
+    assert not (tmp_path / "run.lock").exists()
+
+
 def test_a_lock_file_whose_mount_is_gone_is_nobody_elses(tmp_path):
     with RunLock(tmp_path / "run", beat=0.05) as lock:
         (tmp_path / "run").rename(tmp_path / "away")
