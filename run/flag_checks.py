@@ -23,7 +23,11 @@ def validate(args: Arguments) -> None:
     for flag, used in (("max_lr", True), ("matrix_lr", args.matrix_tokens), ("hidden_lr", args.hidden_tokens)):
         if used and args.min_lr > getattr(args, flag):
             raise UserError(f"--min_lr {args.min_lr:g} is above --{flag} {getattr(args, flag):g}; lower it")
-    own = {"--expand": args.expand > 1, "--mixer": args.mixer != "llamba", "--no_z_bias": args.no_z_bias}
+    own = {
+        f"--expand {args.expand}": args.expand > 1,
+        f"--mixer {args.mixer}": args.mixer != "llamba",
+        "--no_z_bias": args.no_z_bias,
+    }
     if args.student_model != FROM_TEACHER and any(own.values()):
         given = next(name for name, is_given in own.items() if is_given)
         raise UserError(f"{given} needs --student_model from_teacher: other students have mixers of their own")

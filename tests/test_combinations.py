@@ -25,6 +25,7 @@ def pair(tmp_path_factory, tokenizer_dir, documents):
     return Pair(folder, tokenizer_dir, documents)
 
 
+@pytest.mark.slow  # 5 to 15 s of CPU a row
 @pytest.mark.parametrize("number", range(len(ROWS)))
 def test_row(number, pair, tmp_path):
     check(run_row(ROWS[number], pair, tmp_path), pair)

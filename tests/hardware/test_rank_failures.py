@@ -35,7 +35,7 @@ def newest(folder):
     "place, at, rank, way",
     [
         ("held-out text", 3, 1, "fsdp"),  # looked at with the other inputs, and used before the first step
-        ("held-out text", 11, 1, "fsdp"),  # in mid-evaluation, when root and head are whole on every rank
+        ("held-out batch", 4, 1, "fsdp"),  # in mid-evaluation, when root and head are whole on every rank
         ("training text", 25, 1, "ddp"),
         ("evaluation", 20, 1, "ddp"),
         ("evaluation", 20, 0, "ddp"),

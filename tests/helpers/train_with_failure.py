@@ -39,7 +39,35 @@ def failing(work):
     return call
 
 
+class FailsAtItsSecondBatch:
+    """Held-out batches, the second of which cannot be had."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        for index, batch in enumerate(self.batches):
+            if index == 1:
+                raise ValueError("made to fail")
+            yield batch
+
+
+def fail_within_an_evaluation() -> None:
+    from run.text import RunText
+
+    whole, opened = RunText.held_out_loader, []
+
+    def loader(self):
+        opened.append(whole(self))
+        return FailsAtItsSecondBatch(opened[-1]) if len(opened) == int(os.environ["FAIL_AT"]) else opened[-1]
+
+    RunText.held_out_loader = loader
+
+
 def patch(place: str) -> None:
+    if place == "held-out batch":
+        fail_within_an_evaluation()
+        return
     module, _, names = PLACES[place].partition(":")
     owner = importlib.import_module(module)
     *path, name = names.split(".")
