@@ -126,7 +126,7 @@ def compare(trainer, folder, batches):
     for name, weight in model.state_dict().items():
         apart = (trained[name] - weight).abs() > 2e-5
         # Adam takes whole steps where a gradient is nothing but rounding, as of tokens that are hardly there
-        assert apart.float().mean() < 5e-3, f"{name}: {apart.sum()} of {apart.numel()} entries"
+        assert apart.sum() <= max(4, 5e-3 * apart.numel()), f"{name}: {apart.sum()} of {apart.numel()} entries"
 
 
 def test_transformers_trainer(distilled, tokenizer, documents, tmp_path):
