@@ -176,6 +176,7 @@ def die_at_every_operation(folder: str, atomic: bool, queue) -> None:
             return
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("atomic", [True, False])
 def test_killed_before_each_operation_on_the_file_system(tmp_path, atomic):
     context = warm.context()

@@ -12,7 +12,7 @@ import pytest
 
 from helpers import warm
 
-MOST = 10.0  # seconds of an unmarked test
+MOST = 20.0 if os.environ.get("CI") else 10.0  # seconds of an unmarked test; machines of CI differ in speed
 CPU = pytest.StashKey[float]()
 
 
