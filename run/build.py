@@ -88,25 +88,43 @@ def build_models(
         if auto_layers(args.layers) is not None:
             chosen = ranks.first(lambda: auto_choice(args, teacher, student, text.choice_loader))
             apply_replacements(student, teacher, chosen)
+    freeze_as_asked(args, student)
+    if teacher is not None:
+        share_frozen_weights(student, teacher)
+    if inputs.teacher_need == "at the start":
+        teacher = None
+        gc.collect()  # a model holds itself in circles
+    models = assemble(args, inputs, teacher, student, devices, ranks)
+    try_step(args, models)
+    return models
+
+
+def freeze_as_asked(args: Arguments, student: LlambaForCausalLM) -> None:
+    """Freeze what the flags leave out of training."""
     freeze(
         student,
         mlp=args.freeze_mlp,
         replaced_layers=args.freeze_replaced_layers,
         embeddings=args.freeze_embeddings,
     )
-    if teacher is not None:
-        share_frozen_weights(student, teacher)
-    if inputs.teacher_need == "at the start":
-        teacher = None
-        gc.collect()  # a model holds itself in circles
+
+
+def assemble(
+    args: Arguments,
+    inputs: Inputs,
+    teacher: PreTrainedModel | None,
+    student: LlambaForCausalLM,
+    devices: tuple[torch.device, torch.device],
+    ranks: Ranks,
+) -> Models:
+    """The pair after its surgery, ready for steps: recomputation, compilation, head, step and hidden states."""
     student.train()
     log.info(describe_parameters(student, teacher))
-    models = Models(teacher, student, text, device, teacher_device, dtype)
+    models = Models(teacher, student, inputs.text, *devices, getattr(torch, args.dtype))
     models.whole_gradients = inputs.estimate is not None and inputs.estimate.whole_gradients
     on_cpu = "none" if args.gradient_checkpointing == "auto" else args.gradient_checkpointing
     accelerate(args, models, inputs.estimate.modes if inputs.estimate else on_cpu)
     connect(args, models, ranks)
-    try_step(args, models)
     return models
 
 
@@ -147,7 +165,7 @@ def build_sharded(
     args: Arguments, student_source: str, inputs: Inputs, devices: tuple[torch.device, torch.device], ranks: Ranks
 ) -> Models:
     """`build_models` for FSDP2: sharded on the meta device, then each rank reads its own rows."""
-    device, teacher_device = devices
+    device, _ = devices
     commits = dict(inputs.text.origins.commits)
     if inputs.teacher_need != "never":
         commit = commits.get("teacher_model")
@@ -157,19 +175,8 @@ def build_sharded(
         args.teacher_model, student_source, commits | ({"student_model": found} if found else {})
     )
     teacher, student = sharded_build.meta_pair(args, sources, device, inputs.teacher_need)
-    freeze(
-        student,
-        mlp=args.freeze_mlp,
-        replaced_layers=args.freeze_replaced_layers,
-        embeddings=args.freeze_embeddings,
-    )
-    student.train()
-    log.info(describe_parameters(student, teacher))
-    models = Models(teacher, student, inputs.text, device, teacher_device, getattr(torch, args.dtype))
-    models.whole_gradients = inputs.estimate is not None and inputs.estimate.whole_gradients
-    on_cpu = "none" if args.gradient_checkpointing == "auto" else args.gradient_checkpointing
-    accelerate(args, models, inputs.estimate.modes if inputs.estimate else on_cpu)
-    connect(args, models, ranks)
+    freeze_as_asked(args, student)
+    models = assemble(args, inputs, teacher, student, devices, ranks)
     distribute(args, models, "fsdp")
     first = stage_names(args)[0]
     sharded_build.fill(sources, models, lambda: inputs.text.calibration_tokens(first))
