@@ -4,16 +4,14 @@ No torch and no transformers here, so that `--help` is quick. `python arguments.
 """
 
 import argparse
-import math
 import os
-import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn
 
-from utils import complain
+from flags.page import markdown_page
+from flags.reading import Parser, device_name, flag, layer, real, whole
 
 
 class NotGiven(list):
@@ -26,73 +24,6 @@ class NotGivenName(str):
 
 DEFAULT_LAYERS = NotGiven([10, 14, 17, 30])  # Llama 3.1 8B has 32
 DEFAULT_SUBSET = NotGivenName("CC-MAIN-2014-49")
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong flag in exactly one line, without the usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        complain(message.replace("\n", "\\n").replace("\r", "\\r"))
-        raise SystemExit(2)
-
-
-def whole(minimum: int, maximum: int = 2**63 - 1):
-    """A parser of whole numbers from `minimum` to `maximum` (int64's by default), whose complaint says so."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = minimum - 1
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
-        if value > maximum:
-            raise argparse.ArgumentTypeError(f"{text!r} is above {maximum}, the largest that is possible")
-        return value
-
-    return parse
-
-
-def real(minimum: float, *, above: bool = False, maximum: float = math.inf):
-    """A parser of finite numbers from `minimum` (exclusive with `above`) to `maximum`."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and (value > minimum if above else value >= minimum) and value <= maximum):
-            upper = f" and at most {maximum:g}" if maximum < math.inf else ""
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not a number {'above' if above else 'of at least'} {minimum:g}{upper}"
-            )
-        return value
-
-    return parse
-
-
-def layer(text: str) -> int | str:
-    """A layer's index, or `auto:K` with K at least 1, as it is."""
-    if re.fullmatch(r"auto:0*[1-9][0-9]{0,8}", text):
-        return f"auto:{int(text[5:])}"
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a layer's index or auto:K, K at least 1") from None
-
-
-def device_name(text: str) -> str:
-    """`cpu`, `cuda` or `cuda:N`; N has at most two digits, since torch keeps it in 8 bits and wraps round."""
-    if not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]?))?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a device; use cpu, cuda or cuda:N")
-    return "cuda:0" if text == "cuda" else text
-
-
-def flag(default: Any, help: str, *, parse: Callable[[str], Any] | None = None, **options: Any) -> Any:
-    """A field that is a flag of its name: its default, its help, how its text is read, and argparse's own options."""
-    options |= {"type": parse} if parse else {}
-    made: dict[str, Any] = {"default_factory": lambda: default} if isinstance(default, list) else {"default": default}
-    return field(**made, metadata={"help": help, **options})
 
 
 @dataclass
@@ -341,41 +272,8 @@ def default_subset(name: str) -> str:
     return str(DEFAULT_SUBSET) if there else ""
 
 
-def markdown_page() -> str:
-    """docs/flags.md: the flags as markdown tables, one a group."""
-    lines = [
-        "# Flags",
-        "",
-        "All flags of `train.py`, made by `python arguments.py --markdown`. Other scripts list theirs with `--help`.",
-        "",
-    ]
-    for group in build_parser()._action_groups:
-        actions = [action for action in group._group_actions if action.option_strings and action.dest != "help"]
-        if not actions:
-            continue
-        title = str(group.title)
-        lines += [f"## {title[0].upper()}{title[1:]}", "", "| flag | default | meaning |", "| --- | --- | --- |"]
-        lines += [f"| `{a.option_strings[0]}` | {_shown(a)} | {_meaning(a)} |" for a in actions]
-        lines.append("")
-    return "\n".join(lines[:-1])
-
-
-def _shown(action: argparse.Action) -> str:
-    value: Any = action.default
-    if action.nargs == 0:
-        return "off"
-    if isinstance(value, list):
-        value = " ".join(map(str, value))
-    return f"`{value}`" if value not in (None, "") else ""
-
-
-def _meaning(action: argparse.Action) -> str:
-    choices = f" ({', '.join(map(str, action.choices))})" if action.choices else ""
-    return f"{action.help}{choices}"
-
-
 if __name__ == "__main__":
     if sys.argv[1:] == ["--markdown"]:
-        print(markdown_page())
+        print(markdown_page(build_parser()))
     else:
         parse_arguments(sys.argv[1:])

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from arguments import Parser, real, whole
+from flags.reading import Parser, real, whole
 from utils import UserError, check_folder_writable
 
 SPARE = 2**30  # bytes that stay free beside the mirror

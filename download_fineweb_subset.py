@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from arguments import Parser, real, whole
+from flags.reading import Parser, real, whole
 from utils import UserError, check_folder_writable, write_whole
 
 

@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arguments import Parser, device_name, real, whole
 from evaluation.harness import harness_figures
 from evaluation.report import draw, print_table
+from flags.reading import Parser, device_name, real, whole
 from hub.hub_files import DataStreamLost
 from utils import UserError, check_folder_writable, complain, wait_passively
 

@@ -68,6 +68,10 @@ def wrong_arrows(edges: dict[str, set[str]]) -> Iterator[str]:
                 yield f"{name} imports {other}: {room} imports nothing of the project"
             if target in ("run", "arguments") and room not in ("run", target) and not script:
                 yield f"{name} imports {other}: scripts and run/ alone do"
+            if target == "flags" and room not in ("run", "arguments", target) and not script:
+                yield f"{name} imports {other}: arguments, scripts and run/ alone do"
+            if room == "flags" and target not in (room, "utils"):
+                yield f"{name} imports {other}: flags imports utils alone"
             if (
                 "." not in other
                 and target not in ROOMS

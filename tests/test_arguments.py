@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from arguments import FREE_FLAGS, RESULT_FLAGS, build_parser, markdown_page, parse_arguments
+from arguments import FREE_FLAGS, RESULT_FLAGS, build_parser, parse_arguments
 from conftest import ROOT
+from flags.page import markdown_page
 from helpers.durations import cpu_seconds
 from run.flag_checks import validate, wandb_login
 from utils import UserError, check_folder_writable
@@ -182,4 +183,4 @@ def test_the_page_of_flags_lists_every_flag_as_it_is():
     for name in vars(parse_arguments([])):
         assert f"| `--{name}` |" in done.stdout
     advice = "write it anew: python arguments.py --markdown > docs/flags.md"
-    assert done.stdout == f"{markdown_page()}\n" == (ROOT / "docs" / "flags.md").read_text(), advice
+    assert done.stdout == f"{markdown_page(build_parser())}\n" == (ROOT / "docs" / "flags.md").read_text(), advice

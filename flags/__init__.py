@@ -1,0 +1,1 @@
+"""How command lines are read: a flag as a typed field, checked values, one line for a mistake."""
