@@ -5,7 +5,8 @@ import os
 import zlib
 from collections.abc import Sequence
 
-from text.row_readers import END, BadData, TextFile, Unzipped
+from text.json_records import Unzipped
+from text.row_readers import END, BadData, TextFile
 
 RATIO_BYTES = 1 << 22  # of decompressed text that a file's ratio is taken from
 

@@ -8,25 +8,28 @@ again from its start. What cannot be read becomes a `BadData` in the row's place
 import codecs
 import io
 import itertools
-import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from text.json_records import (
+    BUFFER_BYTES,
+    LONG_TEXT,
+    BrokenArray,
+    Unzipped,
+    array_records,
+    line_records,
+    parsed_record,
+)
 from utils import UserError
 
 END = -1  # as a position's row: nothing is left in this file
 GROUP_BYTES = 1 << 24  # of decoded column held at a time
 MOST_ROWS = 1024  # rows decoded at a time
-BUFFER_BYTES = 1 << 22  # of file read at a time
-ZIP_STEP = 1 << 16  # bytes decompressed at a time
-GZIP = 31  # zlib's word for a gzip header and checksum
-LONG_TEXT = 1 << 22  # bytes; longer texts stay UTF-8 bytes, as a str may take four times as much
-JSON_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"')
 PEEKED_ROWS = 100  # rows of a JSON file that are looked at to learn its columns
 
 
@@ -245,122 +248,19 @@ def _json_rows(file: TextFile, column: str | None, row: int, offset: int) -> Ite
         try:
             is_array = file.format == "json" and stream.peek(64).lstrip()[:1] == b"["
             stream.seek(offset)
-            records = _array_records(stream, offset) if is_array else _line_records(stream, offset)
+            records = array_records(stream, offset) if is_array else line_records(stream, offset)
             for start, stop, record in records:
                 offset = stop
                 if record.strip():
                     yield Row(_parsed(file, record, column, row, start), row, row + 1, stop)
                 row += 1
-        except (EOFError, zlib.error, _BrokenArray) as error:
+        except (EOFError, zlib.error, BrokenArray) as error:
             yield Row(file.bad(error, row, offset), row, END, 0)
-
-
-class Unzipped(io.RawIOBase):
-    """A gzip file decompressed in small steps, so that everything before a damage is still given out.
-
-    Seeking decompresses from the start, always in the same steps, so that a damage is met at the same place.
-    """
-
-    def __init__(self, handle: BinaryIO):
-        self.handle = handle
-        self._rewind()
-
-    def _rewind(self) -> None:
-        self.handle.seek(0)
-        self.engine = zlib.decompressobj(GZIP)
-        self.packed, self.plain, self.position = b"", b"", 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        offset += self.position if whence == io.SEEK_CUR else 0
-        if offset < self.position:
-            self._rewind()
-        while self.position < offset and (taken := self._take(offset - self.position)):
-            self.position += len(taken)
-        return self.position
-
-    def readinto(self, buffer: Any) -> int:
-        taken = self._take(len(buffer))
-        buffer[: len(taken)] = taken
-        self.position += len(taken)
-        return len(taken)
-
-    def _take(self, count: int) -> bytes:
-        while not self.plain and self._step():
-            pass
-        taken, self.plain = self.plain[:count], self.plain[count:]
-        return taken
-
-    def _step(self) -> bool:
-        """Decompress a little more; False at the end of the file."""
-        if self.engine.eof:  # gzip files may be joined
-            self.packed, self.engine = self.engine.unused_data, zlib.decompressobj(GZIP)
-            self.packed = self.packed or self.handle.read(ZIP_STEP)
-            if not self.packed.strip(b"\0"):
-                return False
-        self.packed = self.packed or self.handle.read(ZIP_STEP)
-        if not self.packed:
-            raise EOFError("the gzip file is cut off")
-        self.plain = self.engine.decompress(self.packed, ZIP_STEP)
-        self.packed = self.engine.unconsumed_tail
-        return True
-
-
-def _line_records(stream: BinaryIO, offset: int) -> Iterator[tuple[int, int, bytes]]:
-    for line in stream:
-        yield offset, offset + len(line), line
-        offset += len(line)
-
-
-class _BrokenArray(ValueError):
-    """The text is no JSON array any more."""
-
-
-def _array_records(stream: BinaryIO, offset: int) -> Iterator[tuple[int, int, bytes]]:
-    """Elements of one JSON array, read piece by piece (OpenHermes-2.5 is one array of 2 GB).
-
-    JSON's structure is ASCII, so that decoding as latin-1 finds the elements with one character a byte.
-    """
-    scan = json.JSONDecoder(strict=False).raw_decode
-    gap = re.compile(r"[\s,\[]*")
-    text, at, wanted = "", 0, BUFFER_BYTES
-    while True:
-        at = gap.match(text, at).end()  # type: ignore[union-attr]
-        stop = None
-        if at < len(text):
-            if text[at] == "]":
-                return
-            try:
-                stop = scan(text, at)[1]
-            except json.JSONDecodeError as error:
-                if not _is_cut(error, text):
-                    raise _BrokenArray(error.msg) from None
-        if stop is not None and stop < len(text):
-            yield offset + at, offset + stop, text[at:stop].encode("latin-1")
-            at = stop
-            continue
-        more = stream.read(wanted)
-        if not more:
-            raise _BrokenArray("the file ends inside its array")
-        wanted = BUFFER_BYTES if stop is None and at == len(text) else 2 * wanted
-        offset, text, at = offset + at, text[at:] + more.decode("latin-1"), 0
-
-
-def _is_cut(error: json.JSONDecodeError, text: str) -> bool:
-    return error.pos >= len(text) - 16 or error.msg.startswith("Unterminated string")
 
 
 def _parsed(file: TextFile, record: bytes, column: str | None, row: int, offset: int) -> Any:
     try:
-        value = _parsed_long(record) if len(record) > LONG_TEXT else json.loads(record)
+        value = parsed_record(record)
     except UnicodeError as error:
         return file.bad(f"invalid UTF-8: {str(error)[-200:]}", row, offset)
     except (ValueError, RecursionError) as error:
@@ -368,33 +268,3 @@ def _parsed(file: TextFile, record: bytes, column: str | None, row: int, offset:
     if not isinstance(value, dict):
         return file.bad(f"not a JSON object but {type(value).__name__}", row, offset)
     return value if column is None else value.get(column)
-
-
-def _parsed_long(record: bytes) -> Any:
-    """A record whose long texts become UTF-8 bytes, decoded window by window: no str of them is ever made."""
-    texts: list[bytes] = []
-
-    def hold(match: re.Match[bytes]) -> bytes:
-        if match.end() - match.start() <= LONG_TEXT:
-            return match[0]
-        texts.append(_unescaped(record, match.start() + 1, match.end() - 1))
-        return b'"\\u0000long %d"' % (len(texts) - 1)
-
-    value = json.loads(JSON_STRING.sub(hold, record))
-    if isinstance(value, dict):
-        held = {f"\0long {index}": text for index, text in enumerate(texts)}
-        if sum(item in held for item in value.values() if isinstance(item, str)) < len(held):
-            return json.loads(record)  # long texts further inside, in a conversation
-        value = {name: held.get(item, item) if isinstance(item, str) else item for name, item in value.items()}
-    return value
-
-
-def _unescaped(record: bytes, start: int, stop: int) -> bytes:
-    """The UTF-8 text of a JSON string's inside, cut at spaces, which are in no escape and in no character."""
-    text = io.BytesIO()  # gives its content out without a copy
-    while start < stop:
-        end = record.find(b" ", start + BUFFER_BYTES, stop)
-        end = stop if end < 0 else end
-        text.write(json.loads(b'"%b"' % record[start:end]).encode())
-        start = end
-    return text.getvalue()

@@ -15,7 +15,7 @@ from distill.forms import Progress
 from helpers import runs
 from optim.schedule import Phases, build_schedule
 from optim.stretch import last_step, planned_step
-from text import packing
+from text import blocks
 from utils import format_line
 
 
@@ -52,7 +52,7 @@ def test_the_state_knows_the_share_of_the_text_that_lies_behind(
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(packing, "TABLE_BLOCK", 64)
+    monkeypatch.setattr(blocks, "TABLE_BLOCK", 64)
     spec = SourceSpec(
         str(even / "b.jsonl" if streaming else even), streaming=streaming, shuffle_buffer=shuffle_buffer
     )

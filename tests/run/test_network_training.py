@@ -12,7 +12,7 @@ import torch
 
 from helpers import runs
 from helpers.hub_server import LoopbackHub
-from text.packing import draw_order
+from text.blocks import draw_order
 
 FILES, STEPS, SEED = 8, 130, 42
 README = """---

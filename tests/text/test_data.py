@@ -16,7 +16,7 @@ import torch
 import data
 from conftest import ROOT
 from data import BadData, PackedTextDataset, SourceSpec, build_loader, estimate_steps_per_epoch, estimate_tokens
-from text.packing import draw_order
+from text.blocks import draw_order
 from utils import UserError
 
 SHARED = ROOT.parent / "shared" / "data"

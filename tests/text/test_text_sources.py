@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 from helpers.hub_server import LoopbackHub
 from hub.hub_files import is_transient
-from text import row_readers
+from text import json_records, row_readers
 from text.row_readers import BadData, TextFile
 from text.text_sources import SourceSpec, find_files, load_table, open_source
 from utils import UserError
@@ -62,7 +62,7 @@ def test_every_format_can_be_read_from_every_row(tmp_path, name):
 
 
 def test_an_array_of_json_is_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(row_readers, "BUFFER_BYTES", 64)
+    monkeypatch.setattr(json_records, "BUFFER_BYTES", 64)
     path = tmp_path / "openhermes.json"
     records = [{"text": text + ' é "quoted" \\ ' + "long " * (number % 40)} for number, text in enumerate(TEXTS)]
     path.write_text(json.dumps(records, ensure_ascii=False, indent=1))
@@ -75,8 +75,9 @@ def test_an_array_of_json_is_read_in_pieces(tmp_path, monkeypatch):
 @pytest.mark.parametrize("ascii_only", [True, False])
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
 def test_long_texts_are_the_same_text(tmp_path, monkeypatch, name, ascii_only):
-    monkeypatch.setattr(row_readers, "LONG_TEXT", 100)
-    monkeypatch.setattr(row_readers, "BUFFER_BYTES", 64)
+    for module in (json_records, row_readers):
+        monkeypatch.setattr(module, "LONG_TEXT", 100)
+        monkeypatch.setattr(module, "BUFFER_BYTES", 64)
     texts = ["short", 'é "x" \\u00e9 \n 🙂 \\\\ ' * 30, "plain"]
     path = tmp_path / name
     if name.endswith("parquet"):
@@ -159,7 +160,7 @@ def test_bad_lines_are_named_and_the_rest_is_read(tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut", "flip"])
 def test_a_damaged_gzip_is_read_up_to_the_damage(tmp_path, monkeypatch, damage):
-    monkeypatch.setattr(row_readers, "ZIP_STEP", 1000)
+    monkeypatch.setattr(json_records, "ZIP_STEP", 1000)
     path = write_jsonl(tmp_path / "a.jsonl.gz", [text + os.urandom(200).hex() for text in TEXTS])
     data = bytearray(path.read_bytes())
     if damage == "cut":
