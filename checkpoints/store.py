@@ -9,7 +9,6 @@ A checkpoint is a folder that is complete or not there: written under a temporar
     manifest.json           size and sha256 of every file, and a serial number; written last
 """
 
-import contextlib
 import json
 import logging
 import os
@@ -35,8 +34,6 @@ from checkpoints.files import (
     distinct_weights,
     files_written,
     gib,
-    hash_file,
-    hash_stream,
     safetensors_stream,
     save_description,
     stored_dtype,
@@ -47,6 +44,7 @@ from checkpoints.files import (
     write_torch,
 )
 from checkpoints.folder_checks import check_folder
+from checkpoints.frozen import FrozenFile, FrozenWeights
 from checkpoints.host_copies import HostCopies, available_memory, checked, distinct_bytes
 from checkpoints.run_folder import CHECKPOINT, RunFolder
 from checkpoints.run_state import read_metadata, read_trainer_state, rng_state, set_rng_state
@@ -75,15 +73,14 @@ class Job:
     name: str
     files: dict[str, bytes]
     trained: dict[str, torch.Tensor]
-    frozen: dict[str, torch.Tensor]
-    frozen_versions: dict[str, int]
+    frozen: FrozenWeights
     dtype: torch.dtype | None
     trainer_state: dict[str, Any]
     best: bool
 
     def stored_bytes(self, *, frozen: bool = True) -> int:
         """Bytes of the weights as they are stored, with or without the frozen ones."""
-        tensors = [*self.trained.values(), *(self.frozen.values() if frozen else ())]
+        tensors = [*self.trained.values(), *(self.frozen.tensors.values() if frozen else ())]
         return sum(tensor.numel() * stored_dtype(tensor, self.dtype).itemsize for tensor in tensors)
 
 
@@ -119,11 +116,8 @@ class CheckpointStore:
         self._thread: threading.Thread | None = None
         self._copies = HostCopies()
         self._tokenizer_files: tuple[Any, dict[str, bytes]] = (None, {})
-        self._frozen_tensors: dict[str, torch.Tensor] = {}  # held, so that their addresses stay theirs
-        self._frozen_key: Any = None
-        self._frozen_entry: dict[str, Any] | None = None
-        self._frozen_file: tuple[int, int] | None = None  # device and inode
         self.folder = RunFolder(self.output_dir, log)
+        self._frozen_file = FrozenFile(self.folder)
 
     # saving
 
@@ -157,8 +151,7 @@ class CheckpointStore:
             files[METADATA] = json.dumps(mask_secrets(metadata), indent=2).encode()
             moving, fixed = split_weights(model, weights, frozen)
             state, background = self._snapshot({"weights": moving, "state": trainer_state})
-            versions = {key: tensor._version for key, tensor in fixed.items()}
-            job = Job(name, files, state["weights"], fixed, versions, dtype, state["state"], best)
+            job = Job(name, files, state["weights"], FrozenWeights.of(fixed, dtype), dtype, state["state"], best)
         except Exception as error:
             self._failed(name, error)
             return False
@@ -250,7 +243,7 @@ class CheckpointStore:
     def _write_folder(self, job: Job) -> None:
         self._check_held()
         self.folder.check_mount()
-        link = self._frozen_source(job)
+        link = self._frozen_file.earlier(job.frozen)
         self._check_space(job, linked=link is not None)
         temporary = self.folder.private("tmp", job.name)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -287,68 +280,19 @@ class CheckpointStore:
         return written[0] | written[1]
 
     def _write_weights(self, folder: Path, job: Job, link: Path | None) -> dict[str, Any]:
-        parts = [part for part in (job.trained, job.frozen) if part]
+        parts = [part for part in (job.trained, job.frozen.tensors) if part]
         names = [WEIGHTS] if len(parts) < 2 else [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
         entries: dict[str, Any] = {}
         for name, part in zip(names, parts):
-            if part is not job.frozen:
+            if part is not job.frozen.tensors:
                 entries[name] = write_stream(folder / name, safetensors_stream(part, job.dtype))
             else:
-                entries[name] = self._write_frozen(folder / name, job, link)
+                entries[name] = self._frozen_file.write(folder / name, job.frozen, link)
         if len(parts) == 2:
             shard_of = {key: name for name, part in zip(names, parts) for key in part}
             index = {"metadata": {"total_size": job.stored_bytes()}, "weight_map": shard_of}
             entries[INDEX] = write_bytes(folder / INDEX, json.dumps(index, indent=2).encode())
         return entries
-
-    # frozen weights: written once, then linked
-
-    def _frozen_source(self, job: Job) -> Path | None:
-        """A file of an earlier checkpoint that holds exactly the frozen weights; None if they must be written.
-
-        Their hash is taken once a process; afterwards addresses and version counters tell that they are unchanged.
-        """
-        key = job.dtype, [(name, t.data_ptr(), job.frozen_versions[name]) for name, t in job.frozen.items()]
-        if key != self._frozen_key:
-            self._frozen_tensors, self._frozen_key, self._frozen_entry = job.frozen, key, None
-        if not job.frozen:
-            return None
-        weights = [
-            (folder / name, entry)
-            for folder, manifest in self.folder.manifests()
-            for name, entry in manifest["files"].items()
-            if name.endswith(".safetensors")
-        ]
-        if weights and self._frozen_entry is None:
-            self._frozen_entry = hash_stream(safetensors_stream(job.frozen, job.dtype))
-        same = (path for path, entry in weights if entry == self._frozen_entry)
-        return next((path for path in same if self._is_sound(path)), None)
-
-    def _is_sound(self, path: Path) -> bool:
-        """True if a file holds the frozen weights; read once a process, unless this process wrote it."""
-        assert self._frozen_entry is not None
-        try:
-            info = path.stat()
-            if info.st_size != self._frozen_entry["size"]:
-                return False
-            if (info.st_dev, info.st_ino) != self._frozen_file and hash_file(path) != self._frozen_entry["sha256"]:
-                return False
-        except OSError:
-            return False
-        self._frozen_file = info.st_dev, info.st_ino
-        return True
-
-    def _write_frozen(self, path: Path, job: Job, link: Path | None) -> dict[str, Any]:
-        if link is not None and self._frozen_entry is not None:
-            with contextlib.suppress(OSError):  # no hard links here: written again
-                os.link(link, path)
-                return self._frozen_entry
-        entry = write_stream(path, safetensors_stream(job.frozen, job.dtype))
-        if any(tensor._version != job.frozen_versions[name] for name, tensor in job.frozen.items()):
-            raise RuntimeError("weights that were said to be frozen changed while they were written")
-        info = path.stat()
-        self._frozen_entry, self._frozen_file = entry, (info.st_dev, info.st_ino)
-        return entry
 
     def _check_space(self, job: Job, *, linked: bool) -> None:
         small = sum(map(len, job.files.values())) + (1 << 16)
