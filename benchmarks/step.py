@@ -151,11 +151,11 @@ def ours(
     clock: Clock,
     ranks: Ranks,
     name: str,
-    layout: str,
+    parallel: str,
 ) -> Stage:
     """The project's own stage, with marks between its parts; those of an alignment are one, "backward"."""
     models.text = SimpleNamespace(calibration_tokens=lambda _: loader.batches[0].tokens[:1, :-1])  # type: ignore[assignment]
-    stage = stages.build_stage(args, name, models, loader, phases_of(args, steps), ranks, layout)
+    stage = stages.build_stage(args, name, models, loader, phases_of(args, steps), ranks, parallel)
     if args.update_in_backward and not isinstance(stage.optimizer, UpdateInBackward):
         stage.optimizer = UpdateInBackward(stage.optimizer, stage.grad_clip)  # type: ignore[assignment]
     mark, synchronise, average = clock.mark, stage.synchronise, stage.average_gradients
@@ -248,11 +248,11 @@ def measure(bench: argparse.Namespace, args: Arguments, way: str, ceiling: float
         torch.cuda.set_device(device)
     clock = Clock(device)
     estimate: MemoryEstimate | None = None
-    layout = "none"
+    parallel = "none"
     if way == "ours":
         free = torch.cuda.mem_get_info()[0] if cuda else None
-        layout = choose_parallel(args, ranks)
-        layout, estimate = inputs.settle_parallel(sizes.teacher, sizes.student, args, layout, free, ranks)
+        parallel = choose_parallel(args, ranks)
+        parallel, estimate = inputs.settle_parallel(sizes.teacher, sizes.student, args, parallel, free, ranks)
         print("estimate:", estimate.describe(), f"({time.perf_counter() - began:.1f} s)", flush=True)
     models = build_pair(args, sizes, share=way == "ours" and not args.teacher_device)
     flops = step_flops(models.teacher, models.student, args.seq_length)
@@ -267,7 +267,7 @@ def measure(bench: argparse.Namespace, args: Arguments, way: str, ceiling: float
         row["accelerate_s"] = time.perf_counter() - began - row["build_s"]
     micro_steps = args.grad_accumulation_steps * (bench.warmup + bench.steps)
     loader = SyntheticLoader(args, sizes.teacher.vocab_size, micro_steps, clock)
-    make = functools.partial(ours, name=bench.stage, layout=layout) if way == "ours" else plain
+    make = functools.partial(ours, name=bench.stage, parallel=parallel) if way == "ours" else plain
     stage = make(args, models, loader, bench.warmup + bench.steps, clock, ranks)
     drive(stage, 1, 1)
     row["first_step_s"] = time.perf_counter() - began

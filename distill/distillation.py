@@ -1,18 +1,17 @@
-"""One distillation step: the teacher's hidden states, the student's forward pass, loss terms, backward pass."""
+"""A micro step of distillation: the teacher's hidden states, the student's forward pass, loss, backward pass."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from distill.forms import DeviceBatch, Sums
+from distill.forms import DeviceBatch, MicroStep, Sums
 from distill.losses import KDTerms, chunked_kd_loss, mean_layer_distance
-from distill.teacher import Teacher
+from distill.teacher import TeacherStates
 from models import LlambaForCausalLM
 
 
-class DistillationStep(nn.Module):
+class StudentLoss(nn.Module):
     """Student forward and loss as one module, so that DDP and FSDP2 see one forward with every parameter in it."""
 
     def __init__(
@@ -90,14 +89,14 @@ class DistillationStep(nn.Module):
         return head.grad
 
 
-def kd_micro_step(step: nn.Module, teacher: Teacher | None) -> Callable[[DeviceBatch, torch.Tensor], Sums]:
+def kd_micro_step(student_loss: nn.Module, teacher: TeacherStates | None) -> MicroStep:
     """The micro step of the KD stages: the teacher (also for the batch that follows), student, loss, backward."""
 
     def micro_step(batch: DeviceBatch, grad_scale: torch.Tensor) -> Sums:
-        hidden = None if teacher is None else teacher.hidden_states(batch)
+        hidden = None if teacher is None else teacher.of(batch)
         if teacher is not None and batch.following is not None:
             teacher.prepare(batch.following)
-        terms = step(batch.inputs, batch.labels, batch.valid, batch.position_ids, hidden, grad_scale)
+        terms = student_loss(batch.inputs, batch.labels, batch.valid, batch.position_ids, hidden, grad_scale)
         terms.loss.backward()
         sums = {
             "loss": terms.loss_sum,

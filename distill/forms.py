@@ -11,7 +11,8 @@ from data import Batch
 from hardware.ranks import Ranks
 from optim.stretch import last_step
 
-Sums = dict[str, torch.Tensor]
+Sums = dict[str, torch.Tensor]  # figures of a batch, summed over its valid tokens
+MicroStep = Callable[["DeviceBatch", torch.Tensor], Sums]  # forward and backward, gradients times a scale
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Stage:
 
     name: str
     loader: Any  # yields data.Batch; has state_dict() and waited_seconds
-    micro_step: Callable[["DeviceBatch", torch.Tensor], Sums]  # forward and backward; detached sums
+    micro_step: MicroStep
     trainable: nn.Module  # holds the parameters that the optimizer updates
     optimizer: torch.optim.Optimizer
     schedule: Any

@@ -38,7 +38,7 @@ def mixers_of(student: LlambaForCausalLM) -> dict[int, LlambaMixer]:
     return {index: layer.mixer for index, layer in enumerate(layers) if hasattr(layer, "mixer")}
 
 
-class AlignmentStep:
+class AlignmentMicroStep:
     """A micro step of the "matrix" or "hidden" stage for `trainer.run_stage`."""
 
     def __init__(

@@ -85,7 +85,7 @@ class Coming:
     parts: list[Tensor] | None = None  # memory that they are sent from, which must not be given back before then
 
 
-class Teacher:
+class TeacherStates:
     """Hidden states batch by batch; at most one batch, the next of training, is prepared before it is asked for."""
 
     ahead: bool  # True where preparing the next batch overlaps the student's work
@@ -95,7 +95,7 @@ class Teacher:
         """Start on the batch that is asked for next; an evaluation may ask for others before it without losing it."""
         self.coming = batch, self.start(batch)
 
-    def hidden_states(self, batch: DeviceBatch) -> Tensor:
+    def of(self, batch: DeviceBatch) -> Tensor:
         """The batch's hidden states on the student's device, for work on the current stream; let go afterwards."""
         if self.coming is not None and self.coming[0] is batch:
             (_, coming), self.coming = self.coming, None
@@ -112,7 +112,7 @@ class Teacher:
         raise NotImplementedError
 
 
-class OwnTeacher(Teacher):
+class OwnTeacher(TeacherStates):
     """A teacher of this rank's own. On a device of its own it works one batch ahead, on streams of its own.
 
     Its forward pass then overlaps the student's forward and backward pass. Tokens go to it straight from the host,
@@ -164,7 +164,7 @@ class OwnTeacher(Teacher):
         return self.backbone(source.tokens.to(self.teacher_device, **LATER)[:, :-1], positions)
 
 
-class HostTeacher(Teacher):
+class HostTeacher(TeacherStates):
     """One teacher for all ranks of a host, on a device of its own, in the process of the host's first rank.
 
     Tokens are gathered there, hidden states scattered; both by torch.distributed. One batch ahead.

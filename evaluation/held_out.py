@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from data import Batch
-    from distill.teacher import Teacher
+    from distill.teacher import TeacherStates
     from models import LlambaForCausalLM
 
 
@@ -24,24 +24,28 @@ def held_out_figures(
     device: "torch.device",
 ) -> dict[str, float]:
     """`figures_of` a student and a teacher that are whole models on this process' devices."""
-    from distill.distillation import DistillationStep
+    from distill.distillation import StudentLoss
     from distill.teacher import OwnTeacher
 
     head = teacher.get_output_embeddings().weight.to(device)
-    step, hidden_states = DistillationStep(student, head), OwnTeacher(teacher, device)
+    student_loss, states = StudentLoss(student, head), OwnTeacher(teacher, device)
     was_training = student.training
     student.eval()
-    figures = figures_of(lambda batch: held_out_sums(step, hidden_states, head, batch, device), batches, tokens)
+    figures = figures_of(lambda batch: held_out_sums(student_loss, states, head, batch, device), batches, tokens)
     student.train(was_training)
     return figures
 
 
 def held_out_sums(
-    step: "nn.Module", hidden_states: "Teacher", teacher_head: "torch.Tensor", batch: "Batch", device: "torch.device"
+    student_loss: "nn.Module",
+    teacher_states: "TeacherStates",
+    teacher_head: "torch.Tensor",
+    batch: "Batch",
+    device: "torch.device",
 ) -> "torch.Tensor":
     """float64 [5] on the host: KL, agreement, the student's and the teacher's cross-entropy, tokens of a batch.
 
-    step: a `distillation.DistillationStep`, also replicated or sharded; hidden_states: a teacher of teacher.py.
+    student_loss: a `distillation.StudentLoss`, also replicated or sharded.
     """
     import torch
 
@@ -49,9 +53,9 @@ def held_out_sums(
     from trainer import to_device
 
     here = to_device(batch, device, {}, non_blocking=False)
-    teacher_hidden = hidden_states.hidden_states(here)
+    teacher_hidden = teacher_states.of(here)
     one = torch.ones((), device=device)
-    terms = step(here.inputs, here.labels, here.valid, here.position_ids, teacher_hidden, one)
+    terms = student_loss(here.inputs, here.labels, here.valid, here.position_ids, teacher_hidden, one)
     options: dict[str, Any] = dict(kl_weight=0.0, ce_weight=1.0)
     own = chunked_kd_loss(teacher_hidden, teacher_head, None, None, here.labels, here.valid, **options)
     row = (terms.kl_sum, terms.agree_sum, terms.ce_sum, own.ce_sum, terms.tokens)

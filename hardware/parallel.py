@@ -15,13 +15,13 @@ from hardware.ranks import Ranks
 
 
 def head_names(step: Any) -> list[str]:
-    """Names, in a `DistillationStep`, of the parameter that is the student's head (two if it is tied)."""
+    """Names, in a `StudentLoss`, of the parameter that is the student's head (two if it is tied)."""
     head = step.student.lm_head.weight
     return [name for name, p in step.named_parameters(remove_duplicate=False) if p is head]
 
 
 def replicate(step: nn.Module) -> nn.Module:
-    """A `DistillationStep` under DDP. The head's float32 gradient is not DDP's: see `average_gradients`."""
+    """A `StudentLoss` under DDP. The head's float32 gradient is not DDP's: see `average_gradients`."""
     ddp = nn.parallel.DistributedDataParallel
     constant = [name for name, _ in step.named_buffers()]  # the same everywhere: not to be sent in every step
     ddp._set_params_and_buffers_to_ignore_for_model(step, head_names(step) + constant)
@@ -29,7 +29,7 @@ def replicate(step: nn.Module) -> nn.Module:
 
 
 def shard(step: Any, device: torch.device) -> nn.Module:
-    """A `DistillationStep` under FSDP2, in place: each layer a group, embedding, norm and head groups of their own.
+    """A `StudentLoss` under FSDP2, in place: each layer a group, embedding, norm and head groups of their own.
 
     Gradients are reduced in float32. The head is used in the loss, outside its own forward, so the step unshards it
     there; alone in its group, its gradient can be float32 beside those of a bf16 embedding.

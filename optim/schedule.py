@@ -17,7 +17,7 @@ class Phases:
 
     total: int
     warmup: int
-    decay: int
+    cooldown: int
 
     @classmethod
     def of(cls, total: int, warmup_ratio: float, decay_ratio: float, warmup: int | None = None) -> "Phases":
@@ -28,7 +28,7 @@ class Phases:
     @property
     def stable_end(self) -> int:
         """Steps before the cooldown: up to here a longer stage with the same warm-up takes the same rates."""
-        return 1 if self.total == 1 else self.total - max(1, self.decay)
+        return 1 if self.total == 1 else self.total - max(1, self.cooldown)
 
 
 def build_schedule(
@@ -57,9 +57,9 @@ def wsd_multiplier(phases: Phases, floor: float) -> Callable[[float], float]:
     """multiplier(k) of planned step k, counted from 1, from pytorch-optimizer's own schedule."""
     from pytorch_optimizer.lr_scheduler import get_wsd_schedule
 
-    total, warmup, decay = phases.total, phases.warmup, phases.decay
+    total, warmup, cooldown = phases.total, phases.warmup, phases.cooldown
     probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    library: Any = get_wsd_schedule(probe, warmup, total - warmup - decay, decay, min_lr_ratio=floor)
+    library: Any = get_wsd_schedule(probe, warmup, total - warmup - cooldown, cooldown, min_lr_ratio=floor)
 
     def multiplier(step: float) -> float:
         if step >= total:

@@ -71,7 +71,7 @@ def try_step(args: Arguments, models: Models) -> None:
     """
     if not compiles(args):
         return
-    micro_step = kd_micro_step(models.step, models.hidden_states if args.kl_weight > 0 else None)
+    micro_step = kd_micro_step(models.student_loss, models.teacher_states if args.kl_weight > 0 else None)
 
     def step() -> None:
         micro_step(trial_batch(args, models.device), torch.ones((), device=models.device))
@@ -79,13 +79,13 @@ def try_step(args: Arguments, models: Models) -> None:
 
     if not compiles_here("a layer, the loss or the optimizer", step):
         args.no_compile = True
-        if hasattr(models.step, "reset_iter_state"):  # FSDP2's, in the middle of a backward pass
-            models.step.reset_iter_state()
-        models.step.options["compile"] = False
+        if hasattr(models.student_loss, "reset_iter_state"):  # FSDP2's, in the middle of a backward pass
+            models.student_loss.reset_iter_state()
+        models.student_loss.options["compile"] = False
         for model in (models.teacher, models.student):
             if model is not None:
                 uncompile_layers(model)
-    models.step.zero_grad(set_to_none=True)
+    models.student_loss.zero_grad(set_to_none=True)
 
 
 def trial_batch(args: Arguments, device: torch.device) -> DeviceBatch:

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 
 from arguments import Arguments
 from data import TextLoader
-from distill.distillation import DistillationStep
+from distill.distillation import StudentLoss
 from distill.initialization import calibrate_mixers
 from distill.layer_choice import choose_layers
-from distill.teacher import HostTeacher, OwnTeacher, Teacher
-from hardware import parallel
+from distill.teacher import HostTeacher, OwnTeacher, TeacherStates
+from hardware.parallel import replicate, shard, shard_layers
 from hardware.ranks import Ranks
 from model_utils import (
     apply_replacements,
@@ -181,8 +181,8 @@ def build_sharded(
     first = stage_names(args)[0]
     sharded_build.fill(sources, models, lambda: inputs.text.calibration_tokens(first))
     if inputs.teacher_need == "at the start":
-        models.teacher = models.teacher_head = models.hidden_states = None
-        models.step.teacher_head[0] = None
+        models.teacher = models.teacher_head = models.teacher_states = None
+        models.student_loss.teacher_head[0] = None
         del teacher
         gc.collect()
     try_step(args, models)
@@ -194,7 +194,7 @@ def connect(args: Arguments, models: Models, ranks: Ranks) -> None:
     if models.teacher is not None:
         # detached: a teacher that moves to another device takes its parameters along
         models.teacher_head = models.teacher.get_output_embeddings().weight.detach().to(models.device)
-    models.step = DistillationStep(
+    models.student_loss = StudentLoss(
         models.student,
         models.teacher_head,  # also with hard labels alone: evaluations compare with the teacher
         temperature=args.temperature,
@@ -205,7 +205,7 @@ def connect(args: Arguments, models: Models, ranks: Ranks) -> None:
         autocast=torch.float16 if models.dtype == torch.float16 else None,
     )
     if models.teacher is not None:
-        models.hidden_states = hidden_states(args, models, models.teacher, ranks)
+        models.teacher_states = connect_teacher(args, models, models.teacher, ranks)
 
 
 def serves_host(args: Arguments, ranks: Ranks) -> bool:
@@ -213,7 +213,7 @@ def serves_host(args: Arguments, ranks: Ranks) -> bool:
     return not ranks.alone and args.teacher_device is not None
 
 
-def hidden_states(args: Arguments, models: Models, teacher: PreTrainedModel, ranks: Ranks) -> Teacher:
+def connect_teacher(args: Arguments, models: Models, teacher: PreTrainedModel, ranks: Ranks) -> TeacherStates:
     """The source of the teacher's hidden states.
 
     With one teacher for a host, its first rank moves it to `--teacher_device`; the others drop their copy's layers.
@@ -229,11 +229,11 @@ def hidden_states(args: Arguments, models: Models, teacher: PreTrainedModel, ran
     return HostTeacher(teacher, models.device, place, ranks)
 
 
-def distribute(args: Arguments, models: Models, way: str) -> None:
+def distribute(args: Arguments, models: Models, parallel: str) -> None:
     """Replicate or shard the pair for the KD stages, once; the alignment stages before them are replicated."""
-    if way == "ddp":
-        models.step = parallel.replicate(models.step)
-    elif way == "fsdp":
-        models.step = parallel.shard(models.step, models.device)
-        if isinstance(models.hidden_states, OwnTeacher):
-            parallel.shard_layers(models.hidden_states.backbone, models.teacher_device)
+    if parallel == "ddp":
+        models.student_loss = replicate(models.student_loss)
+    elif parallel == "fsdp":
+        models.student_loss = shard(models.student_loss, models.device)
+        if isinstance(models.teacher_states, OwnTeacher):
+            shard_layers(models.teacher_states.backbone, models.teacher_device)

@@ -84,15 +84,15 @@ def check_inputs(
         args.layers = settle_layers(args.layers, student, student_source)
     check_layers(args.layers, teacher.num_hidden_layers)
     need = teacher_need(args, names, fresh=not is_distilled(student))
-    way, estimate = choose_parallel(args, ranks), None
+    parallel, estimate = choose_parallel(args, ranks), None
     if args.device.startswith("cuda"):
         free, total = torch.cuda.mem_get_info(args.device)
-        way, estimate = settle_parallel(teacher, student, args, way, free, ranks, need)
+        parallel, estimate = settle_parallel(teacher, student, args, parallel, free, ranks, need)
         log.info("estimated peak of a step: %s; free %.1f of %.1f GiB", estimate.describe(), free / GIB, total / GIB)
-    if way in ("ddp", "fsdp"):
-        log.info("%d ranks, %s", ranks.world_size, "replicated" if way == "ddp" else "sharded")
+    if parallel in ("ddp", "fsdp"):
+        log.info("%d ranks, %s", ranks.world_size, "replicated" if parallel == "ddp" else "sharded")
     text = RunText(args, get_tokenizer(args.teacher_model, **local), ranks, origins)
-    return Inputs(text, estimate, need, way, names)
+    return Inputs(text, estimate, need, parallel, names)
 
 
 def settle_layers(layers: list[int | str], student: LlambaConfig, source: str) -> list[int | str]:
@@ -147,21 +147,21 @@ def settle_parallel(
     teacher: PreTrainedConfig,
     student: LlambaConfig,
     args: Arguments,
-    way: str,
+    parallel: str,
     free: float | None,
     ranks: Ranks,
     need: TeacherNeed = "throughout",
 ) -> tuple[str, MemoryEstimate]:
-    """`way` with auto settled (ddp where a step fits into every rank's `free` bytes, else fsdp), and its estimate.
+    """`parallel` with auto settled (ddp where a step fits every rank's `free` bytes, else fsdp), and the estimate.
 
     Shards' gradients are reduced in each micro step, unless there is room for whole ones without more recomputation.
     """
     settings = step_settings(args)
     estimated = functools.partial(estimate_memory, teacher, student, settings, free, teacher_need=need)
-    if way != "fsdp":
-        estimate = estimated(replicated=way != "none")
-        if way != "auto":
-            return way, estimate
+    if parallel != "fsdp":
+        estimate = estimated(replicated=parallel != "none")
+        if parallel != "auto":
+            return parallel, estimate
         if not ranks.agree(free is not None and estimate.needed > free)[0]:
             return "ddp", estimate
         if args.optimizer == "muon":

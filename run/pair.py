@@ -1,4 +1,4 @@
-"""The pair as a run holds it: both models, the text that they read, and how the student's step is run."""
+"""The pair as a run holds it: both models, the text that they read, and how the student's parts are run."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distill.teacher import Teacher
+from distill.teacher import TeacherStates
 from models import LlambaForCausalLM
 from run.text import RunText
 
@@ -22,8 +22,8 @@ class Models:
     teacher_device: torch.device
     dtype: torch.dtype
     teacher_head: torch.Tensor | None = None  # [V, d] on the student's device, wherever the teacher goes
-    step: Any = None  # the student with its loss; from `distribute` on under DDP or FSDP2
-    hidden_states: Teacher | None = None  # where the teacher's come from
+    student_loss: Any = None  # a `StudentLoss`; from `distribute` on under DDP or FSDP2
+    teacher_states: TeacherStates | None = None
     whole_gradients: bool = False  # sharded: each rank keeps them whole until an optimizer step's last micro step
 
     @property

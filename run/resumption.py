@@ -79,7 +79,7 @@ class Resumption:
         if self.changed and not self.progress.stage_cooled and done > phases.stable_end:
             log.warning(
                 "%s: the learning rate falls at once, since its cooldown of %d steps has begun before step %d; in a "
-                "longer stage it would begin later", name, phases.decay, done,
+                "longer stage it would begin later", name, phases.cooldown, done,
             )  # fmt: skip
 
     def put_back(self, stage: Stage, student: LlambaForCausalLM) -> None:

@@ -146,7 +146,7 @@ def fill(sources: Sources, models: Models, calibration: Callable[[], torch.Tenso
         for index, layer in enumerate(teacher.model.layers):
             materialise(layer, models.teacher_device)
             read_teacher(sources, layer, f"model.layers.{index}.")
-    materialise(models.step, models.device)
+    materialise(models.student_loss, models.device)
     own = dict(student.named_parameters())
     fresh = is_fresh(sources)
     if not fresh:

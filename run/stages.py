@@ -1,18 +1,16 @@
 """From flags to a stage: its micro step, optimizer, schedule, and how its ranks average gradients."""
 
-from typing import Any
-
 import torch
 from torch import nn
 
 from arguments import Arguments
 from data import TextLoader
-from distill.distillation import DistillationStep, kd_micro_step
-from distill.forms import Stage
+from distill.distillation import StudentLoss, kd_micro_step
+from distill.forms import MicroStep, Stage
 from distill.gradient_check import without_gradient
-from distill.mohawk import AlignmentStep, trained_mixers
-from hardware import parallel
+from distill.mohawk import AlignmentMicroStep, trained_mixers
 from hardware.cuda_graphs import CapturedMicroStep
+from hardware.parallel import average_gradients, widen_gradients
 from hardware.ranks import Ranks
 from optim.build import build_optimizer
 from optim.schedule import Phases, build_schedule
@@ -29,18 +27,18 @@ def build_stage(
     loader: TextLoader,
     phases: Phases,
     ranks: Ranks,
-    way: str = "none",
+    parallel: str = "none",
     *,
     done: int = 0,
     stretches: list[list[int]] | None = None,
 ) -> Stage:
     """A stage with a fresh optimizer and its own schedule, `done` steps on, ready for `trainer.run_stage`.
 
-    `way` is Inputs.parallel; stretches: those of an interrupted stage (optim/stretch.py), which the loop adds to.
+    parallel: Inputs.parallel; stretches: those of an interrupted stage (optim/stretch.py), which the loop adds to.
     """
     stretches = [] if stretches is None else stretches
     distils = name in ("stage1", "stage2")
-    micro_step, module = distillation(args, models, way) if distils else alignment(args, name, models)
+    micro_step, module = distillation(args, models, parallel) if distils else alignment(args, name, models)
     rates = {"matrix": args.matrix_lr, "hidden": args.hidden_lr}
     max_lr = rates.get(name, args.max_lr)
     optimizer = build_optimizer(
@@ -77,39 +75,41 @@ def build_stage(
             hard_labels=args.ce_weight > 0,
         ),
     )
-    teacher = models.hidden_states
+    teacher = models.teacher_states
     stage.ahead = distils and args.kl_weight > 0 and teacher is not None and teacher.ahead
     if captures(args, models, ranks):
         stage.micro_step = CapturedMicroStep(stage.micro_step, stage.parameters(), models.device)
     if not ranks.alone:
-        synchronise(stage, models, way if distils else "none")
+        synchronise(stage, models, parallel if distils else "none")
     return stage
 
 
-def synchronise(stage: Stage, models: Models, way: str) -> None:
+def synchronise(stage: Stage, models: Models, parallel: str) -> None:
     """Average gradients over ranks: in an optimizer step's last backward pass, after it ("none"), or in each."""
-    if way == "fsdp" and models.whole_gradients:
-        stage.synchronise = models.step.set_requires_gradient_sync
-    elif way == "fsdp":
-        stage.synchronise = lambda last: parallel.widen_gradients(stage.parameters())
-    elif way == "ddp":
-        stage.synchronise = lambda last: setattr(models.step, "require_backward_grad_sync", last)
-        stage.average_gradients = lambda: parallel.average_gradients([models.student.lm_head.weight])
+    if parallel == "fsdp" and models.whole_gradients:
+        stage.synchronise = models.student_loss.set_requires_gradient_sync
+    elif parallel == "fsdp":
+        stage.synchronise = lambda last: widen_gradients(stage.parameters())
+    elif parallel == "ddp":
+        stage.synchronise = lambda last: setattr(models.student_loss, "require_backward_grad_sync", last)
+        stage.average_gradients = lambda: average_gradients([models.student.lm_head.weight])
     else:
-        stage.average_gradients = lambda: parallel.average_gradients(stage.parameters())
+        stage.average_gradients = lambda: average_gradients(stage.parameters())
 
 
-def alignment(args: Arguments, name: str, models: Models) -> tuple[Any, nn.Module]:
+def alignment(args: Arguments, name: str, models: Models) -> tuple[MicroStep, nn.Module]:
     """(micro step, what it trains) of the "matrix" or "hidden" stage."""
     half = torch.float16 if models.dtype == torch.float16 else None
     tokens = models.text.calibration_tokens(name)
     assert models.teacher is not None
-    align = AlignmentStep(name, models.teacher, models.student, tokens, autocast=half, compile=compiles(args))
+    align = AlignmentMicroStep(name, models.teacher, models.student, tokens, autocast=half, compile=compiles(args))
     return align, trained_mixers(models.student)
 
 
-def distillation(args: Arguments, models: Models, way: str) -> tuple[Any, nn.Module]:
+def distillation(args: Arguments, models: Models, parallel: str) -> tuple[MicroStep, nn.Module]:
     """(micro step, what it trains) of the KD stages."""
-    if type(models.step) is DistillationStep:  # neither DDP's nor, by FSDP2's subclass, sharded yet
-        distribute(args, models, way)
-    return kd_micro_step(models.step, models.hidden_states if args.kl_weight > 0 else None), models.step
+    if type(models.student_loss) is StudentLoss:  # neither DDP's nor, by FSDP2's subclass, sharded yet
+        distribute(args, models, parallel)
+    return kd_micro_step(
+        models.student_loss, models.teacher_states if args.kl_weight > 0 else None
+    ), models.student_loss

@@ -73,8 +73,8 @@ class Telling:
     def evaluate(self, progress: Progress) -> dict[str, float]:
         """Held-out figures as `eval/...` (the teacher's own once); a new best KL makes a save due."""
         args, models = self.args, self.models
-        assert models.hidden_states is not None and models.teacher_head is not None  # --eval_dataset needs them
-        ranks, pair = self.ranks, (models.step, models.hidden_states, models.teacher_head)
+        assert models.teacher_states is not None and models.teacher_head is not None  # --eval_dataset needs them
+        ranks, pair = self.ranks, (models.student_loss, models.teacher_states, models.teacher_head)
         batches = ranks.together(models.text.held_out_loader)
         try:
             figures = figures_of(
@@ -84,7 +84,7 @@ class Telling:
                 stop=lambda: self.ranks.agree(self.signals.stop_requested)[0],
             )
         finally:  # else what is saved now, or a stage that begins, would have parameters that are thrown away
-            reshard(models.step)
+            reshard(models.student_loss)
         if not figures:
             log.warning("the evaluation at step %d is left out: a signal asks to stop", progress.optimizer_step)
             return {}

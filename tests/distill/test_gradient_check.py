@@ -29,11 +29,11 @@ ONE = torch.ones(())
 def test_updates_in_the_backward_pass_train_every_stage_as_updates_after_it(tiny_teacher, sources, tmp_path):
     """With a grad_clip that never binds both ways are the same mathematics, in each of three stages."""
     ends = {}
-    for way in (False, True):
-        folder = tmp_path / str(way)
-        options = dict(optimizer="adamw", grad_clip=1e9, update_in_backward=way, **THREE_STAGES)
+    for in_backward in (False, True):
+        folder = tmp_path / str(in_backward)
+        options = dict(optimizer="adamw", grad_clip=1e9, update_in_backward=in_backward, **THREE_STAGES)
         assert train.main(runs.flags(tiny_teacher, sources, folder, **options)) == 0
-        ends[way] = runs.losses(folder), runs.weights(folder / "final")
+        ends[in_backward] = runs.losses(folder), runs.weights(folder / "final")
     (wanted, weights), (found, others) = ends[False], ends[True]
     assert len(found) == len(wanted) == 4 + 3 + 3
     for (_, loss, norm), (_, other_loss, other_norm) in zip(wanted, found):
@@ -55,9 +55,9 @@ def test_hooks_that_a_stage_leaves_behind_stop_the_next(tiny_teacher, sources, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_two_ranks_stop_together(way, tiny_teacher, sources, tmp_path):
-    flags = runs.flags(tiny_teacher, sources, tmp_path, parallel=way, **THREE_STAGES)
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_stop_together(parallel, tiny_teacher, sources, tmp_path):
+    flags = runs.flags(tiny_teacher, sources, tmp_path, parallel=parallel, **THREE_STAGES)
     statuses, _, output = end_ranks(*start_ranks(2, flags, script="tests/helpers/train_without_a_gradient.py"))
     assert statuses == [4, 4], output[-3000:]
     lines = [line for line in output.splitlines() if "no gradient for final_layernorm.weight (1 of 1)" in line]

@@ -7,7 +7,7 @@ import torch
 
 from arguments import parse_arguments
 from benchmarks.presets import preset
-from distill.distillation import DistillationStep
+from distill.distillation import StudentLoss
 from distill.losses import layer_distance
 from distill.teacher import OwnTeacher, teacher_hidden
 from hardware.memory import estimate_memory
@@ -92,7 +92,7 @@ def test_gradients_are_those_of_the_definition_whatever_the_micro_batches():
 
 def test_a_teacher_that_gives_its_last_layer_alone_is_an_error():
     teacher = make_teacher(TEACHERS["grouped queries"])
-    step = DistillationStep(make_student(teacher, [1]), teacher.lm_head.weight, layer_weight=1.0)
+    step = StudentLoss(make_student(teacher, [1]), teacher.lm_head.weight, layer_weight=1.0)
     tokens, valid = torch.randint(0, 512, (4, 6)), torch.ones(4, 6, dtype=torch.bool)
     with pytest.raises(ValueError, match="every layer"):
         step(tokens, tokens, valid, None, teacher_hidden(teacher, tokens), torch.ones(()))
@@ -114,7 +114,7 @@ def test_a_window_keeps_no_states_and_an_evaluation_makes_the_last_alone(monkeyp
     accumulate(stage, window, lambda: False)
     assert len(made) == 2 and not any(ref() is not None for ref in made)
     with torch.no_grad():
-        assert OwnTeacher(teacher, CPU, every_layer=True).hidden_states(window[0]).shape == (2, 5, 64)
+        assert OwnTeacher(teacher, CPU, every_layer=True).of(window[0]).shape == (2, 5, 64)
 
 
 def test_a_batch_that_is_prepared_outlasts_an_evaluation():
@@ -124,8 +124,8 @@ def test_a_batch_that_is_prepared_outlasts_an_evaluation():
     tokens, valid = torch.randint(0, 512, (4, 6)), torch.ones(4, 5, dtype=torch.bool)
     following, held_out = (to_device(b, CPU, {}, non_blocking=False) for b in batches_of(tokens, valid, 2))
     own.prepare(following)
-    assert torch.equal(own.hidden_states(held_out), teacher_hidden(teacher, tokens[2:, :-1]))
-    assert torch.equal(own.hidden_states(following), teacher_hidden(teacher, tokens[:2, :-1]))
+    assert torch.equal(own.of(held_out), teacher_hidden(teacher, tokens[2:, :-1]))
+    assert torch.equal(own.of(following), teacher_hidden(teacher, tokens[:2, :-1]))
     assert len(forwards) == 2 and own.coming is None
 
 

@@ -13,7 +13,7 @@ import train
 from conftest import tiny_llama_config
 from distill.forms import DeviceBatch
 from distill.initialization import attention_half, attention_matrix, mlp_half, visit_layers
-from distill.mohawk import AlignmentStep, hidden_loss, matrix_loss, trained_mixers
+from distill.mohawk import AlignmentMicroStep, hidden_loss, matrix_loss, trained_mixers
 from helpers import runs
 from helpers.teachers import TEACHERS, make_student, make_teacher
 from models.modeling_llamba import AttentionInputs
@@ -102,7 +102,7 @@ def test_losses_and_gradients_equal_dense_references(kind, t, expand):
     teacher, student = pair(expand=expand)
     tokens, valid = torch.randint(0, 512, (2, t)), torch.rand(2, t) < 0.8
     reference = copy.deepcopy(student)
-    sums = AlignmentStep(kind, teacher, student, PROBE)(batch_of(tokens, valid=valid), torch.tensor(0.7))
+    sums = AlignmentMicroStep(kind, teacher, student, PROBE)(batch_of(tokens, valid=valid), torch.tensor(0.7))
     total, probed = 0.0, layer_inputs(teacher, PROBE)
     for index, (u, attended) in enumerate(layer_inputs(teacher, tokens)):
         if index == 1:
@@ -138,10 +138,10 @@ def test_a_mixer_learns_the_same_alone(kind):
     """The gradient of a layer's mixer does not know of the others, but for the mean over layers."""
     teacher, student = pair(layers=())
     tokens = torch.randint(0, 512, (2, 12))
-    AlignmentStep(kind, teacher, student, PROBE)(batch_of(tokens), torch.tensor(1.0))
+    AlignmentMicroStep(kind, teacher, student, PROBE)(batch_of(tokens), torch.tensor(1.0))
     together = [p.grad for p in student.backbone.layers[2].mixer.parameters() if p.grad is not None]
     student.zero_grad()
-    alone = AlignmentStep(kind, teacher, student, PROBE)
+    alone = AlignmentMicroStep(kind, teacher, student, PROBE)
     alone.mixers = {2: alone.mixers[2]}
     alone(batch_of(tokens), torch.tensor(0.25))
     apart = [p.grad for p in student.backbone.layers[2].mixer.parameters() if p.grad is not None]
@@ -157,12 +157,12 @@ def test_lower_precision_is_close(kind, dtype):
     teacher, student = pair()
     tokens, positions = torch.randint(0, 512, (2, 24)), torch.arange(12).repeat(2).expand(2, -1)
     scale = torch.tensor(1 / 48)
-    exact = AlignmentStep(kind, teacher, student, PROBE)(batch_of(tokens, positions), scale)
+    exact = AlignmentMicroStep(kind, teacher, student, PROBE)(batch_of(tokens, positions), scale)
     wanted = torch.cat([p.grad.flatten() for p in trained_mixers(student).parameters() if p.grad is not None])
     student.zero_grad()
     half = dtype == torch.float16
     teacher, student = teacher.to(dtype), student.to(torch.float32 if half else dtype)
-    step = AlignmentStep(kind, teacher, student, PROBE, autocast=dtype if half else None)
+    step = AlignmentMicroStep(kind, teacher, student, PROBE, autocast=dtype if half else None)
     sums = step(batch_of(tokens, positions), scale)
     given = torch.cat([p.grad.flatten() for p in trained_mixers(student).parameters() if p.grad is not None])
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
@@ -183,7 +183,7 @@ def test_compiled_is_eager_and_its_trial_leaves_no_gradient(kind, monkeypatch):
     first.register_post_accumulate_grad_hook(hooks.append)
     for compile in (False, True):
         student.zero_grad()
-        step = AlignmentStep(kind, teacher, student, PROBE, compile=compile)
+        step = AlignmentMicroStep(kind, teacher, student, PROBE, compile=compile)
         sums = step(batch_of(tokens), scale)
         results.append((sums["loss"], [p.grad for p in trained_mixers(student).parameters() if p.grad is not None]))
         assert (step.loss is not {"matrix": matrix_loss, "hidden": hidden_loss}[kind]) == compile
@@ -199,8 +199,8 @@ def test_compiled_is_eager_and_its_trial_leaves_no_gradient(kind, monkeypatch):
 def test_a_teacher_on_another_device(kind):
     teacher, student = pair()
     tokens, scale = torch.randint(0, 512, (2, 12)), torch.tensor(1.0)
-    wanted = AlignmentStep(kind, teacher, student, PROBE)(batch_of(tokens), scale)["loss"]
-    step = AlignmentStep(kind, teacher, student.to("cuda"), PROBE)
+    wanted = AlignmentMicroStep(kind, teacher, student, PROBE)(batch_of(tokens), scale)["loss"]
+    step = AlignmentMicroStep(kind, teacher, student.to("cuda"), PROBE)
     batch = batch_of(tokens)
     batch.inputs, batch.valid = batch.inputs.cuda(), batch.valid.cuda()
     assert step(batch, scale.cuda())["loss"].item() == pytest.approx(wanted.item(), rel=1e-9)
@@ -215,7 +215,9 @@ def test_batch_and_accumulation_give_the_same_gradients(kind):
     for parts in (1, 2):
         student.zero_grad()
         for rows in tokens.chunk(parts):
-            AlignmentStep(kind, teacher, student, PROBE)(batch_of(rows, positions[: len(rows)]), torch.tensor(1 / 48))
+            AlignmentMicroStep(kind, teacher, student, PROBE)(
+                batch_of(rows, positions[: len(rows)]), torch.tensor(1 / 48)
+            )
         gradients.append([p.grad for p in trained_mixers(student).parameters() if p.grad is not None])
     assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(*gradients))
 
@@ -223,7 +225,7 @@ def test_batch_and_accumulation_give_the_same_gradients(kind):
 @pytest.mark.parametrize("kind", ["matrix", "hidden"])
 def test_packed_documents_are_aligned_as_documents_alone(kind):
     teacher, student = pair()
-    step, tokens = AlignmentStep(kind, teacher, student, PROBE), torch.randint(0, 512, (2, 12))
+    step, tokens = AlignmentMicroStep(kind, teacher, student, PROBE), torch.randint(0, 512, (2, 12))
     positions = torch.cat((torch.arange(5), torch.arange(7)))[None].expand(2, -1)
     results = []
     for parts in ([(tokens, positions)], [(tokens[:, :5], None), (tokens[:, 5:], None)], [(tokens, None)]):
@@ -263,7 +265,7 @@ def test_one_layers_activations_at_a_time(kind):
     for layers in (2, 8):
         teacher = make_teacher(tiny_llama_config(num_hidden_layers=layers))
         student = make_student(teacher, [])
-        step = AlignmentStep(kind, teacher, student, PROBE)
+        step = AlignmentMicroStep(kind, teacher, student, PROBE)
         step(batch_of(tokens), torch.tensor(1.0))  # makes the gradients, which stay
         weights = [*teacher.parameters(), *student.parameters()]
         with LiveBytes([*weights, *(p.grad for p in weights if p.grad is not None)]) as live:

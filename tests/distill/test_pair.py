@@ -53,7 +53,7 @@ def test_only_hidden_states_cross_a_micro_step_before_they_are_used(ahead):
     student.backbone.embedding.weight.register_post_accumulate_grad_hook(lambda *_: told.append("backward done"))
     head = teacher.lm_head.weight.to(meta)
 
-    def step(inputs, labels, valid, positions, hidden, scale):  # `DistillationStep` asks for a device with autocast
+    def step(inputs, labels, valid, positions, hidden, scale):  # `StudentLoss` asks for a device with autocast
         ours = student.backbone(inputs).last_hidden_state
         return chunked_kd_loss(ours, student.lm_head.weight, hidden, head, labels, valid, grad_scale=scale)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from arguments import parse_arguments
 from conftest import tiny_llama_config
-from distill.distillation import DistillationStep
+from distill.distillation import StudentLoss
 from distill.initialization import student_config
 from hardware import parallel
 from hardware.memory import StepModel, estimate_memory
@@ -92,8 +92,8 @@ def alone_with(tmp_path_factory, tiny_teacher, sources):
     return run
 
 
-@pytest.mark.parametrize("way, optimizer", [("ddp", "adamw8bit"), ("fsdp", "adamw8bit"), ("ddp", "muon")])
-def test_two_ranks_equal_one_and_one_goes_on(way, optimizer, alone_with, tiny_teacher, sources, tmp_path):
+@pytest.mark.parametrize("kind, optimizer", [("ddp", "adamw8bit"), ("fsdp", "adamw8bit"), ("ddp", "muon")])
+def test_two_ranks_equal_one_and_one_goes_on(kind, optimizer, alone_with, tiny_teacher, sources, tmp_path):
     """Gradients differ by rounding, and rounding decides which of two codes a moment takes: 2% of a tensor's way.
 
     Losses and norms hardly see that. 5% is allowed of how far the second half of the run moved each tensor; with
@@ -102,7 +102,7 @@ def test_two_ranks_equal_one_and_one_goes_on(way, optimizer, alone_with, tiny_te
     alone = alone_with(optimizer)
     shared = {**EXACT, "optimizer": optimizer, "save_interval": 10}  # micro steps
     two, one = tmp_path / "two", tmp_path / "one"
-    launch(2, runs.flags(tiny_teacher, sources, two, batch_size=2, parallel=way, **shared))
+    launch(2, runs.flags(tiny_teacher, sources, two, batch_size=2, parallel=kind, **shared))
     runs.copy_up_to(two, "checkpoint-5", one)
     output = launch(0, runs.flags(tiny_teacher, sources, one, batch_size=4, **shared))
     assert "resuming" in output and "checkpoint-5" in output
@@ -152,9 +152,9 @@ def test_another_number_of_sequences_a_step_is_told(tiny_teacher, sources, tmp_p
     assert [step for step, *_ in runs.losses(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("victim, way", [(1, "fsdp"), (0, "ddp")])
-def test_a_killed_rank_ends_all_and_the_checkpoint_stays(victim, way, tiny_teacher, sources, tmp_path):
-    process = start_long_run(tmp_path, tiny_teacher, sources, save_interval=5, parallel=way)
+@pytest.mark.parametrize("victim, kind", [(1, "fsdp"), (0, "ddp")])
+def test_a_killed_rank_ends_all_and_the_checkpoint_stays(victim, kind, tiny_teacher, sources, tmp_path):
+    process = start_long_run(tmp_path, tiny_teacher, sources, save_interval=5, parallel=kind)
     wait_until(lambda: (tmp_path / "checkpoint-5" / "manifest.json").exists())
     everyone = ranks_of(process)
     began = time.monotonic()
@@ -212,7 +212,7 @@ def test_ddp_holds_what_the_estimate_counts(group):
     student = meta_student(config, student_config(config), step_settings(args)).to_empty(device="cpu")
     for parameter in student.parameters():
         nn.init.normal_(parameter, std=0.02)
-    step = parallel.replicate(DistillationStep(student, None, kl_weight=0.0, ce_weight=1.0))
+    step = parallel.replicate(StudentLoss(student, None, kl_weight=0.0, ce_weight=1.0))
     others = [p for p in student.parameters() if p is not student.lm_head.weight]
     tokens = torch.randint(0, 512, (1, 17))
     for last, memories in ((False, len(others)), (True, 1)):
@@ -234,8 +234,8 @@ def test_auto_shards_where_only_the_buckets_do_not_fit(group):
     assert whole < replicated
     ranks = Ranks(world_size=2)  # asks the group, which is this process alone
     for free, settled in ((replicated, "ddp"), ((whole + replicated) / 2, "fsdp")):
-        way, estimate = settle_parallel(config, student, args, "auto", free, ranks)
-        assert way == settled and (estimate.parts["gradient buckets"] > 0) == (way == "ddp")
+        kind, estimate = settle_parallel(config, student, args, "auto", free, ranks)
+        assert kind == settled and (estimate.parts["gradient buckets"] > 0) == (kind == "ddp")
     assert settle_parallel(config, student, args, "ddp", 0.0, ranks)[0] == "ddp"
     args.optimizer = "muon"
     with pytest.raises(UserError, match=r"--optimizer muon.*use adamw8bit"):

@@ -12,7 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from arguments import parse_arguments
 from conftest import tiny_llama_config
-from distill.distillation import DistillationStep
+from distill.distillation import StudentLoss
 from distill.forms import Stage
 from distill.initialization import student_config
 from hardware import parallel
@@ -61,8 +61,8 @@ def sharded_stage(config, args, *, whole=False):
         nn.init.normal_(parameter, std=0.02)
     backbone = student.backbone
     backbone.rotary_emb = type(backbone.rotary_emb)(backbone.attention_config)
-    step = parallel.shard(DistillationStep(student, None, kl_weight=0.0, ce_weight=1.0), CPU)
-    models = Models(None, student, None, CPU, CPU, torch.bfloat16, step=step, whole_gradients=whole)
+    step = parallel.shard(StudentLoss(student, None, kl_weight=0.0, ce_weight=1.0), CPU)
+    models = Models(None, student, None, CPU, CPU, torch.bfloat16, student_loss=step, whole_gradients=whole)
     stage = Stage("stage1", [], None, step, None, None, 1)
     synchronise(stage, models, "fsdp")
     return stage
@@ -139,13 +139,13 @@ def test_whole_gradients_where_there_is_room_for_them(alone):
     args = flags(4)
     student = student_config(config)
     whole, reduced = (
-        estimate_memory(config, student, step_settings(args), shards=2, whole_gradients=way).needed
-        for way in (True, False)
+        estimate_memory(config, student, step_settings(args), shards=2, whole_gradients=whole).needed
+        for whole in (True, False)
     )
     assert reduced < whole
     for free, expected in ((whole, True), ((whole + reduced) / 2, False), (None, False)):
-        way, estimate = settle_parallel(config, student, args, "fsdp", free, ranks)
-        assert way == "fsdp" and estimate.whole_gradients is expected
+        chosen, estimate = settle_parallel(config, student, args, "fsdp", free, ranks)
+        assert chosen == "fsdp" and estimate.whole_gradients is expected
         assert free is None or estimate.needed <= free
 
 

@@ -54,10 +54,10 @@ def test_the_ranks_are_unequal(text, tiny_teacher):
     assert sum(abs(one - other) > 0.1 * one for one, other in zip(ours, theirs)) > len(ours) / 2
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_unequal_ranks_equal_one(way, alone, text, tiny_teacher, tmp_path):
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_unequal_ranks_equal_one(parallel, alone, text, tiny_teacher, tmp_path):
     """In the hidden stage, whose gradients are averaged after the backward pass, and in stage 1."""
-    launch(2, runs.flags(tiny_teacher, text, tmp_path, batch_size=2, parallel=way, **UNEQUAL))
+    launch(2, runs.flags(tiny_teacher, text, tmp_path, batch_size=2, parallel=parallel, **UNEQUAL))
     expected, found = runs.losses(alone), runs.losses(tmp_path)
     assert [step for step, *_ in found] == [step for step, *_ in expected] and len(expected) > 5
     for (step, loss, norm), (_, other_loss, other_norm) in zip(expected, found):
@@ -74,11 +74,11 @@ OVERFLOWS = {**UNEQUAL, "dtype": "float16", "kl_weight": 1e3, "epochs": 0, "max_
 def test_unequal_ranks_skip_an_overflow_together(text, tiny_teacher, tmp_path):
     """An overflow in one rank's shards is one for all: DDP, with whole gradients on each, skips the same steps."""
     runs_of = {}
-    for way in ("ddp", "fsdp"):
-        folder = tmp_path / way
-        launch(2, runs.flags(tiny_teacher, text, folder, batch_size=2, parallel=way, **OVERFLOWS))
+    for parallel in ("ddp", "fsdp"):
+        folder = tmp_path / parallel
+        launch(2, runs.flags(tiny_teacher, text, folder, batch_size=2, parallel=parallel, **OVERFLOWS))
         scaler = read_trainer_state(folder / "checkpoint-8")["scaler"]
-        runs_of[way] = scaler, [row for row in runs.metrics(folder) if "train/loss" in row]
+        runs_of[parallel] = scaler, [row for row in runs.metrics(folder) if "train/loss" in row]
     (scaler, rows), (other_scaler, others) = runs_of.values()
     assert scaler == other_scaler and scaler["scale"] < 65536
     assert [row["train/bad_steps"] for row in others] == [row["train/bad_steps"] for row in rows]

@@ -29,13 +29,15 @@ def resident(field):
     return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-def main(teacher, student, way):
+def main(teacher, student, parallel):
     cpu = torch.device("cpu")
     args = parse_arguments(["--teacher_model", teacher, "--device", "cpu", "--layers", "1", "--dtype", "bfloat16"])
     with launched("cpu") as ranks:
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
         before = resident("VmRSS")
-        models = build_models(args, student, Inputs(Text(), None, "throughout", way, ("stage1",)), (cpu, cpu), ranks)
+        models = build_models(
+            args, student, Inputs(Text(), None, "throughout", parallel, ("stage1",)), (cpu, cpu), ranks
+        )
         figures = {"peak": resident("VmHWM") - before, "after": resident("VmRSS") - before}
         sizes = [sum(p.numel() * 2 for p in model.parameters()) for model in (models.teacher, models.student)]
         found = ranks.gather(figures)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from data import Batch
-from distill.distillation import DistillationStep, kd_micro_step
+from distill.distillation import StudentLoss, kd_micro_step
 from distill.forms import Stage
 from distill.teacher import OwnTeacher
 from optim.build import build_optimizer
@@ -37,7 +37,7 @@ def batches_of(tokens, valid, size):
 
 
 def make_stage(teacher, student, batches, accumulation=1, steps=10, **options):
-    module = DistillationStep(student, teacher.lm_head.weight, **options)
+    module = StudentLoss(student, teacher.lm_head.weight, **options)
 
     own = OwnTeacher(teacher, torch.device("cpu"), every_layer=module.layer_weight > 0)
     optimizer = build_optimizer("adamw", module, lr=1e-3, weight_decay=0.1)

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from data import Batch
-from distill.distillation import DistillationStep, kd_micro_step
+from distill.distillation import StudentLoss, kd_micro_step
 from distill.forms import Progress, Stage
 from helpers import runs
 from helpers.stages import Batches
@@ -92,7 +92,7 @@ SETTINGS = dict(
 def own_loop(folder, batches):
     """Losses of every step and the student after them, of the project's own loop with hard labels alone."""
     model = LlambaForCausalLM.load(str(folder)).train()
-    step = DistillationStep(model, None, kl_weight=0.0, ce_weight=1.0)
+    step = StudentLoss(model, None, kl_weight=0.0, ce_weight=1.0)
     optimizer = build_optimizer("adamw", step, lr=1e-3, weight_decay=0.0)
     schedule = build_schedule(optimizer, Phases.of(STEPS, 0.0, 0.0), max_lr=1e-3, min_lr=1e-3)
     given = [

@@ -78,9 +78,9 @@ def assert_equal_starts(teacher, student, *flags):
     tokens = torch.randint(0, 512, (2, 33))
     terms = []
     for pair in (whole, sharded):
-        hidden = pair.hidden_states.backbone(tokens[:, :-1], None)
+        hidden = pair.teacher_states.backbone(tokens[:, :-1], None)
         valid = torch.ones(2, 32, dtype=torch.bool)
-        terms.append(pair.step(tokens[:, :-1], tokens[:, 1:], valid, None, hidden, torch.tensor(1.0)))
+        terms.append(pair.student_loss(tokens[:, :-1], tokens[:, 1:], valid, None, hidden, torch.tensor(1.0)))
     assert torch.equal(terms[0].loss, terms[1].loss) and torch.equal(terms[0].kl_sum, terms[1].kl_sum)
     return whole, sharded
 
@@ -116,7 +116,7 @@ def test_a_teacher_that_is_not_kept(group, tmp_path):
     flags = ("--dtype", "float32", "--kl_weight", "0", "--ce_weight", "1")
     whole = built(teacher, "from_teacher", "none", *flags)
     sharded = built(teacher, "from_teacher", "fsdp", *flags, need="at the start")
-    assert sharded.teacher is sharded.hidden_states is sharded.teacher_head is None
+    assert sharded.teacher is sharded.teacher_states is sharded.teacher_head is None
     expected, found = tensors(whole.student), tensors(sharded.student)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
