@@ -15,8 +15,8 @@ from utils import UserError, complain, wait_passively
 
 if TYPE_CHECKING:
     from data import TextLoader
-    from distill.forms import Stage
     from hardware.ranks import Ranks
+    from loop.forms import Stage
     from run.inputs import Inputs
     from run.session import Session
 

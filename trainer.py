@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from data import Batch
-from distill.forms import DeviceBatch, Progress, Stage, Sums
-from distill.gradient_check import GradientCheck
-from distill.meter import BadStepWatch, Meter, Reading, TooManyBadSteps
 from hardware.ranks import RankFailed, SharedMistake
+from loop.forms import DeviceBatch, Progress, Stage, Sums
+from loop.gradient_check import GradientCheck
+from loop.meter import BadStepWatch, Meter, Reading, TooManyBadSteps
 from optim.step import clip_and_step
 
 log = logging.getLogger(__name__)

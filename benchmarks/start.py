@@ -19,10 +19,10 @@ from torch import nn
 
 import arguments
 from arguments import Arguments
-from distill.forms import Progress
 from distill.initialization import SILU_IS_ONE, calibrate_mixers, student_from_teacher, visit_layers
 from hardware.devices import seed_everything
 from hardware.ranks import Ranks
+from loop.forms import Progress
 from model_utils import get_teacher_model, get_tokenizer
 from optim.schedule import Phases
 from run import build, stages

@@ -35,12 +35,12 @@ from arguments import Arguments, parse_arguments
 from benchmarks.presets import Preset, preset, step_flops
 from benchmarks.profiling import host_waits, kernel_table
 from data import Batch
-from distill.forms import DeviceBatch, Progress, Stage
 from distill.losses import dense_kd_loss
 from hardware.devices import default_dtype
 from hardware.memory import MemoryEstimate
 from hardware.ranks import Ranks, launched
 from hardware.recomputation import set_activation_checkpointing
+from loop.forms import DeviceBatch, Progress, Stage
 from model_utils import apply_replacements, as_teacher, freeze, share_frozen_weights, transfer_teacher_weights
 from models import LlambaForCausalLM
 from optim.schedule import Phases

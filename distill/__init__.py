@@ -1,1 +1,1 @@
-"""The mathematics of a step: losses, distillation and alignment steps, how mixers start, which layers stay."""
+"""The mathematics of a step: losses, distillation and alignment, how mixers start, which layers stay."""

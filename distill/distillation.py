@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from distill.forms import DeviceBatch, MicroStep, Sums
 from distill.losses import KDTerms, chunked_kd_loss, mean_layer_distance
 from distill.teacher import TeacherStates
+from loop.forms import DeviceBatch, MicroStep, Sums
 from models import LlambaForCausalLM
 
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distill.forms import DeviceBatch, Sums
 from distill.initialization import attention_half, attention_matrix, mlp_half, visit_layers
 from hardware.compilation import compiles_here
+from loop.forms import DeviceBatch, Sums
 from models import LlambaForCausalLM
 from models.modeling_llamba import LlambaMixer
 from models.state_space import decay_dtype, ssd_matrix

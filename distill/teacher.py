@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distill.forms import DeviceBatch
 from hardware.ranks import Ranks
+from loop.forms import DeviceBatch
 from models.modeling_llamba import AttentionInputs
 
 LATER: Any = {"non_blocking": True}

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from distill.forms import DeviceBatch, Sums
+from loop.forms import DeviceBatch, Sums
 
 log = logging.getLogger(__name__)
 

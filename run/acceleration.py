@@ -10,12 +10,12 @@ from torch import nn
 from arguments import Arguments
 from data import Batch
 from distill.distillation import kd_micro_step
-from distill.forms import DeviceBatch
 from hardware.compilation import compile_layers, compiles_here, uncompile_layers
 from hardware.fp8 import check_fp8, quantise_teacher_fp8
 from hardware.ranks import Ranks
 from hardware.recomputation import set_activation_checkpointing
 from hardware.settings import StepSettings
+from loop.forms import DeviceBatch
 from models import LlambaForCausalLM
 from optim.build import build_optimizer
 from optim.moments import block_length

@@ -9,9 +9,9 @@ from arguments import Arguments
 from checkpoints.lock import RunLock
 from checkpoints.origins import Origins
 from checkpoints.store import CheckpointStore
-from distill.forms import Progress
 from evaluation.diagnostics import PROMPTS
 from hardware.ranks import RankFailed, RankLost, Ranks, SharedMistake
+from loop.forms import Progress
 from optim.schedule import Phases
 from run.flag_checks import read_prompts
 from run.resume import Start, choose_start

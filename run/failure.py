@@ -5,12 +5,12 @@ from collections.abc import Callable
 
 from arguments import Arguments
 from checkpoints.lock import LockTaken
-from distill.gradient_check import UntrainedTensors
-from distill.meter import TooManyBadSteps
 from hardware.memory import MemoryEstimate, estimate_memory, is_out_of_memory, oom_advice
 from hardware.ranks import RankFailed, SharedMistake, is_loss_of_rank
 from hardware.settings import TeacherNeed
 from hub.hub_files import DataStreamLost
+from loop.gradient_check import UntrainedTensors
+from loop.meter import TooManyBadSteps
 from model_utils import load_config
 from run.acceleration import step_settings
 from run.beginning import Beginning

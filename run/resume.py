@@ -19,7 +19,7 @@ from checkpoints.files import TRAINER_STATE, damage
 from checkpoints.origins import flags_as_made
 from checkpoints.run_folder import CHECKPOINT
 from checkpoints.run_state import read_metadata
-from distill.forms import Progress
+from loop.forms import Progress
 from optim.schedule import Phases
 from run.plan import sequences_a_step
 from run.resume_rules import COOLDOWN_FLAGS, LENGTH_FLAGS, RULES, STAGES, UNKNOWN, Rule

@@ -8,9 +8,9 @@ import torch
 
 from arguments import Arguments, NotGiven
 from checkpoints.run_state import read_metadata, read_trainer_state, set_rng_state
-from distill.forms import Progress, Stage
 from hardware.parallel import copy_rows, is_sharded
 from hardware.ranks import Ranks
+from loop.forms import Progress, Stage
 from models import LlambaForCausalLM
 from optim.saved_state import load_optimizer_state
 from optim.schedule import Phases

@@ -8,8 +8,8 @@ import torch
 from checkpoints.files import distinct_weights
 from checkpoints.model_card import model_card
 from checkpoints.run_state import rng_state
-from distill.forms import Progress, Stage
 from hardware.parallel import is_sharded, whole_optimizer_state, whole_weights
+from loop.forms import Progress, Stage
 from model_utils import frozen_names
 from optim.saved_state import named_state
 from plot_metrics import plot_runs

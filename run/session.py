@@ -6,10 +6,10 @@ the run stands, `run/saving.py` writes, `run/telling.py` tells.
 
 import logging
 
-from distill.forms import Stage
-from distill.meter import TooManyBadSteps
 from hardware.ranks import RankFailed, SharedMistake
 from hub.hub_files import DataStreamLost
+from loop.forms import Stage
+from loop.meter import TooManyBadSteps
 from run.beginning import Beginning
 from run.pair import Models
 from run.saving import Saving

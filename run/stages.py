@@ -6,12 +6,12 @@ from torch import nn
 from arguments import Arguments
 from data import TextLoader
 from distill.distillation import StudentLoss, kd_micro_step
-from distill.forms import MicroStep, Stage
-from distill.gradient_check import without_gradient
 from distill.mohawk import AlignmentMicroStep, trained_mixers
 from hardware.cuda_graphs import CapturedMicroStep
 from hardware.parallel import average_gradients, widen_gradients
 from hardware.ranks import Ranks
+from loop.forms import MicroStep, Stage
+from loop.gradient_check import without_gradient
 from optim.build import build_optimizer
 from optim.schedule import Phases, build_schedule
 from optim.update_in_backward import UpdateInBackward

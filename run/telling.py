@@ -3,10 +3,10 @@
 import logging
 from typing import Any
 
-from distill.forms import DeviceBatch, Progress, Stage
 from evaluation.diagnostics import as_numbers, continuations, gradient_norms, layer_figures
 from evaluation.held_out import figures_of, held_out_sums
 from hardware.parallel import is_sharded, reshard
+from loop.forms import DeviceBatch, Progress, Stage
 from run.beginning import Beginning
 from run.pair import Models
 from run.signals import StopSignals

@@ -4,10 +4,10 @@ import torch
 from torch import nn
 
 from distill.distillation import kd_micro_step
-from distill.forms import Progress
 from distill.teacher import OwnTeacher
 from helpers.stages import batches_of, make_stage
 from helpers.teachers import TEACHERS, make_student, make_teacher
+from loop.forms import Progress
 from trainer import Services, accumulate, run_stage, to_device, windows
 
 

@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from conftest import tiny_llama_config
-from distill.forms import DeviceBatch
 from distill.initialization import attention_half, attention_matrix, mlp_half, visit_layers
 from distill.mohawk import AlignmentMicroStep, hidden_loss, matrix_loss, trained_mixers
 from helpers import runs
 from helpers.teachers import TEACHERS, make_student, make_teacher
+from loop.forms import DeviceBatch
 from models.modeling_llamba import AttentionInputs
 
 PROBE = torch.arange(60).view(3, 20)

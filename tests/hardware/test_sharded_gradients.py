@@ -13,12 +13,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from arguments import parse_arguments
 from conftest import tiny_llama_config
 from distill.distillation import StudentLoss
-from distill.forms import Stage
 from distill.initialization import student_config
 from hardware import parallel
 from hardware.memory import WORKSPACE, StepModel, estimate_memory
 from hardware.meta_models import meta_student
 from hardware.ranks import Ranks
+from loop.forms import Stage
 from run.acceleration import step_settings
 from run.build import Models
 from run.inputs import settle_parallel

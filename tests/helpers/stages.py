@@ -6,8 +6,8 @@ import torch
 
 from data import Batch
 from distill.distillation import StudentLoss, kd_micro_step
-from distill.forms import Stage
 from distill.teacher import OwnTeacher
+from loop.forms import Stage
 from optim.build import build_optimizer
 from optim.schedule import Phases, build_schedule
 

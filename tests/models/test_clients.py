@@ -17,9 +17,9 @@ from transformers import (
 
 from data import Batch
 from distill.distillation import StudentLoss, kd_micro_step
-from distill.forms import Progress, Stage
 from helpers import runs
 from helpers.stages import Batches
+from loop.forms import Progress, Stage
 from models import LlambaForCausalLM
 from optim.build import build_optimizer
 from optim.masters import BETAS, EPS

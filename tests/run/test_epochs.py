@@ -11,8 +11,8 @@ import torch
 
 import train
 from data import SourceSpec, build_loader
-from distill.forms import Progress
 from helpers import runs
+from loop.forms import Progress
 from optim.schedule import Phases, build_schedule
 from optim.stretch import last_step, planned_step
 from text import blocks

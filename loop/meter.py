@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from distill.forms import DeviceBatch, Progress, Stage, Sums
+from loop.forms import DeviceBatch, Progress, Stage, Sums
 
 log = logging.getLogger(__name__)
 

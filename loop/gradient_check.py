@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from distill.forms import Stage
-from distill.meter import HostCopy
+from loop.forms import Stage
+from loop.meter import HostCopy
 from optim.masters import local
 
 log = logging.getLogger(__name__)

@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 import train
-from distill import gradient_check
-from distill.forms import Stage
-from distill.gradient_check import GradientCheck, UntrainedTensors, kind_of, without_gradient
-from distill.meter import HostCopy
 from helpers import runs
 from helpers.launching import end_ranks, start_ranks
 from helpers.stages import batches_of, make_stage
 from helpers.teachers import TEACHERS, make_student, make_teacher
+from loop import gradient_check
+from loop.forms import Stage
+from loop.gradient_check import GradientCheck, UntrainedTensors, kind_of, without_gradient
+from loop.meter import HostCopy
 from optim.build import build_optimizer
 from optim.step import clip_and_step
 from optim.update_in_backward import UpdateInBackward
