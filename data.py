@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,12 +52,32 @@ JOIN = 5.0  # seconds that closing waits for a thread in the middle of its work
 
 @dataclass
 class Batch:
-    """One micro batch of one rank."""
+    """One micro batch of one rank, as the loader yields it on the host, and on a device."""
 
-    tokens: torch.Tensor  # int64 [B, T+1]; inputs [:, :-1], labels [:, 1:]
+    tokens: torch.Tensor  # int64 [B, T+1]
     valid: torch.Tensor  # bool [B, T]: targets that count
     position_ids: torch.Tensor | None  # int64 [B, T] under document_reset: place in the document, else None
     document_ids: list[str]  # file:row of every document in it
+    loader_state: dict[str, Any] = field(default_factory=dict)  # the loader's state after this batch
+    on_host: "Batch | None" = None  # the same on the host, of one that is on a device
+    following: "Batch | None" = None  # the next one, with `Stage.ahead`
+
+    @property
+    def inputs(self) -> torch.Tensor:
+        """int64 [B, T]"""
+        return self.tokens[:, :-1]
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """int64 [B, T]: the token after each input."""
+        return self.tokens[:, 1:]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device; copies to a GPU do not block (from page-locked memory)."""
+        options: Any = {"device": device, "non_blocking": device.type == "cuda"}
+        positions = None if self.position_ids is None else self.position_ids.to(**options)
+        tokens, valid = self.tokens.to(**options), self.valid.to(**options)
+        return replace(self, tokens=tokens, valid=valid, position_ids=positions, on_host=self)
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory."""

@@ -18,7 +18,7 @@ import torch
 
 from data import Batch
 from hardware.ranks import RankFailed, SharedMistake
-from loop.forms import DeviceBatch, Progress, Stage, Sums
+from loop.forms import Progress, Stage, Sums
 from loop.gradient_check import GradientCheck
 from loop.meter import BadStepWatch, Meter, Reading, TooManyBadSteps
 from optim.step import clip_and_step
@@ -37,7 +37,7 @@ class Services:
     stop_requested: Callable[[], bool] = lambda: False
     save_requested: Callable[[], bool] = lambda: False
     evaluate: Callable[[Progress], dict[str, float]] | None = None
-    diagnose: Callable[[Progress, Stage, "DeviceBatch"], None] = lambda progress, stage, batch: None  # has gradients
+    diagnose: Callable[[Progress, Stage, Batch], None] = lambda progress, stage, batch: None  # has gradients
     sample: Callable[[Progress], None] = lambda progress: None  # after each optimizer step, as diagnose before it
     log_interval: int = 1
     eval_interval: int = 0
@@ -45,15 +45,15 @@ class Services:
     save_before_raising: tuple[type[BaseException], ...] = (TooManyBadSteps, RankFailed, SharedMistake)
 
 
-def feed(stage: Stage) -> Generator[DeviceBatch]:
+def feed(stage: Stage) -> Generator[Batch]:
     """Batches on the stage's device; with `stage.ahead` each comes with the one that follows it.
 
     Each carries the loader's state after it, so that looking ahead never moves a checkpoint's position.
     """
-    pin = stage.device.type == "cuda"
-    waiting: DeviceBatch | None = None
-    for source in stage.loader:
-        batch = to_device(source, stage.device, stage.loader.state_dict(), non_blocking=pin)
+    waiting: Batch | None = None
+    for on_host in stage.loader:
+        batch = on_host.to(stage.device)
+        batch.loader_state = stage.loader.state_dict()
         if not stage.ahead:
             yield batch
             continue
@@ -65,22 +65,7 @@ def feed(stage: Stage) -> Generator[DeviceBatch]:
         yield waiting
 
 
-def to_device(batch: Batch, device: torch.device, state: dict[str, Any], *, non_blocking: bool) -> DeviceBatch:
-    """A `data.Batch` as inputs, labels and masks on `device`; copies do not block when the source is pinned."""
-    tokens = batch.tokens.to(device, non_blocking=non_blocking)
-    positions = batch.position_ids
-    return DeviceBatch(
-        inputs=tokens[:, :-1],
-        labels=tokens[:, 1:],
-        valid=batch.valid.to(device, non_blocking=non_blocking),
-        position_ids=None if positions is None else positions.to(device, non_blocking=non_blocking),
-        document_ids=batch.document_ids,
-        loader_state=state,
-        source=batch,
-    )
-
-
-def windows(batches: Iterable[DeviceBatch], size: int) -> Iterator[list[DeviceBatch]]:
+def windows(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
     """Group micro batches into optimizer steps; the last window of a pass may be shorter."""
     iterator = iter(batches)
     while window := list(itertools.islice(iterator, size)):
@@ -168,12 +153,12 @@ class Journal:
 class AgreedWindows:
     """Windows of micro batches until any rank has none left, fails to get one, or is asked to stop: all end then."""
 
-    def __init__(self, stage: Stage, batches: Iterable[DeviceBatch], services: Services):
+    def __init__(self, stage: Stage, batches: Iterable[Batch], services: Services):
         self.ranks, self.services = stage.ranks, services
         self.windows = windows(batches, stage.accumulation)
         self.stopped = False
 
-    def __iter__(self) -> Iterator[list[DeviceBatch]]:
+    def __iter__(self) -> Iterator[list[Batch]]:
         while True:
             window, stop, failure = None, False, None
             try:
@@ -193,7 +178,7 @@ class AgreedWindows:
         return self.stopped
 
 
-def accumulate(stage: Stage, window: list[DeviceBatch], stop: Callable[[], bool]) -> Sums | None:
+def accumulate(stage: Stage, window: list[Batch], stop: Callable[[], bool]) -> Sums | None:
     """Forward and backward of one window; returns its summed figures, or None when asked to stop within it.
 
     What reduces gradients takes their mean over ranks, hence the factor of the number of ranks.
@@ -212,7 +197,7 @@ def accumulate(stage: Stage, window: list[DeviceBatch], stop: Callable[[], bool]
     return total
 
 
-def _advance(progress: Progress, stage: Stage, window: list[DeviceBatch]) -> None:
+def _advance(progress: Progress, stage: Stage, window: list[Batch]) -> None:
     progress.optimizer_step += 1
     progress.stage_step += 1
     if stage.stable_step is not None and progress.stage_step > stage.stable_step:
@@ -224,11 +209,11 @@ def _advance(progress: Progress, stage: Stage, window: list[DeviceBatch]) -> Non
     progress.loader = window[-1].loader_state
 
 
-def _window_tokens(stage: Stage, window: list[DeviceBatch]) -> int:
+def _window_tokens(stage: Stage, window: list[Batch]) -> int:
     return sum(batch.inputs.numel() for batch in window) * stage.ranks.world_size
 
 
-def _expect(progress: Progress, stage: Stage, window: list[DeviceBatch]) -> None:
+def _expect(progress: Progress, stage: Stage, window: list[Batch]) -> None:
     """Where a pass (`--epochs`) turns out longer than planned: say so, and stretch what is left of the schedule.
 
     Looked at from half the plan on; what is known of the text's length is its share that lies behind.

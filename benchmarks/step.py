@@ -40,7 +40,7 @@ from hardware.devices import default_dtype
 from hardware.memory import MemoryEstimate
 from hardware.ranks import Ranks, launched
 from hardware.recomputation import set_activation_checkpointing
-from loop.forms import DeviceBatch, Progress, Stage
+from loop.forms import Progress, Stage
 from model_utils import apply_replacements, as_teacher, freeze, share_frozen_weights, transfer_teacher_weights
 from models import LlambaForCausalLM
 from optim.schedule import Phases
@@ -184,7 +184,7 @@ def plain(args: Arguments, models: build.Models, loader: Any, steps: int, clock:
         trainable, lr=args.max_lr, betas=(0.9, 0.95), weight_decay=0.1, fused=models.device.type == "cuda"
     )
 
-    def micro_step(batch: DeviceBatch, grad_scale: torch.Tensor) -> dict[str, torch.Tensor]:
+    def micro_step(batch: Batch, grad_scale: torch.Tensor) -> dict[str, torch.Tensor]:
         with torch.no_grad():
             theirs = models.teacher(batch.inputs, use_cache=False).logits.float().flatten(0, 1)
         clock.mark("teacher")

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from data import Batch
 from distill.losses import KDTerms, chunked_kd_loss, mean_layer_distance
 from distill.teacher import TeacherStates
-from loop.forms import DeviceBatch, MicroStep, Sums
+from loop.forms import MicroStep, Sums
 from models import LlambaForCausalLM
 
 
@@ -92,7 +93,7 @@ class StudentLoss(nn.Module):
 def kd_micro_step(student_loss: nn.Module, teacher: TeacherStates | None) -> MicroStep:
     """The micro step of the KD stages: the teacher (also for the batch that follows), student, loss, backward."""
 
-    def micro_step(batch: DeviceBatch, grad_scale: torch.Tensor) -> Sums:
+    def micro_step(batch: Batch, grad_scale: torch.Tensor) -> Sums:
         hidden = None if teacher is None else teacher.of(batch)
         if teacher is not None and batch.following is not None:
             teacher.prepare(batch.following)

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from data import Batch
 from distill.initialization import attention_half, attention_matrix, mlp_half, visit_layers
 from hardware.compilation import compiles_here
-from loop.forms import DeviceBatch, Sums
+from loop.forms import Sums
 from models import LlambaForCausalLM
 from models.modeling_llamba import LlambaMixer
 from models.state_space import decay_dtype, ssd_matrix
@@ -74,7 +75,7 @@ class AlignmentMicroStep:
                     target = self.target(visit.attention, visit.u, visit.attended, visit.options)
                 yield visit.index, visit.u, target
 
-    def __call__(self, batch: DeviceBatch, grad_scale: Tensor) -> Sums:
+    def __call__(self, batch: Batch, grad_scale: Tensor) -> Sums:
         """Forward and backward of every mixer on one batch; figures as sums over valid tokens."""
         sums: Sums = {}
         device = batch.inputs.device
@@ -84,9 +85,7 @@ class AlignmentMicroStep:
             self._align(index, u.to(device), target.to(device), batch, grad_scale, sums)
         return sums
 
-    def _align(
-        self, index: int, u: Tensor, target: Tensor, batch: DeviceBatch, grad_scale: Tensor, sums: Sums
-    ) -> None:
+    def _align(self, index: int, u: Tensor, target: Tensor, batch: Batch, grad_scale: Tensor, sums: Sums) -> None:
         mixer = self.mixers[index]
         resets = None if batch.position_ids is None else batch.position_ids == 0
         inputs = (mixer, u, target, resets, self.sizes[index])
@@ -101,7 +100,7 @@ class AlignmentMicroStep:
         sums[f"layers/squared_error_{index}"] = total.detach()
         sums[f"layers/mean_decay_{index}"] = (decay * batch.valid).sum().detach()
 
-    def _try_compiled_halves(self, batch: DeviceBatch) -> None:
+    def _try_compiled_halves(self, batch: Batch) -> None:
         """Compile the halves of the teacher's layers, one graph for all; what does not compile here stays eager."""
         seen = batch.inputs, batch.position_ids
         eager, self.halves = (

@@ -12,11 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from data import Batch
 from hardware.ranks import Ranks
-from loop.forms import DeviceBatch
 from models.modeling_llamba import AttentionInputs
-
-LATER: Any = {"non_blocking": True}
 
 
 def teacher_hidden(
@@ -89,13 +87,13 @@ class TeacherStates:
     """Hidden states batch by batch; at most one batch, the next of training, is prepared before it is asked for."""
 
     ahead: bool  # True where preparing the next batch overlaps the student's work
-    coming: tuple[DeviceBatch, Coming] | None = None
+    coming: tuple[Batch, Coming] | None = None
 
-    def prepare(self, batch: DeviceBatch) -> None:
+    def prepare(self, batch: Batch) -> None:
         """Start on the batch that is asked for next; an evaluation may ask for others before it without losing it."""
         self.coming = batch, self.start(batch)
 
-    def of(self, batch: DeviceBatch) -> Tensor:
+    def of(self, batch: Batch) -> Tensor:
         """The batch's hidden states on the student's device, for work on the current stream; let go afterwards."""
         if self.coming is not None and self.coming[0] is batch:
             (_, coming), self.coming = self.coming, None
@@ -103,7 +101,7 @@ class TeacherStates:
             coming = self.start(batch)
         return self.arrived(coming)
 
-    def start(self, batch: DeviceBatch) -> Coming:
+    def start(self, batch: Batch) -> Coming:
         """Start on a batch."""
         raise NotImplementedError
 
@@ -132,7 +130,7 @@ class OwnTeacher(TeacherStates):
             self.copies = torch.cuda.Stream(device)
             self.compute.wait_stream(torch.cuda.current_stream(self.teacher_device))  # the weights are written there
 
-    def start(self, batch: DeviceBatch) -> Coming:
+    def start(self, batch: Batch) -> Coming:
         """The forward pass, at once or on the teacher's own streams."""
         if not self.streams:
             return Coming(self._forward(batch).to(self.device, non_blocking=True))
@@ -155,13 +153,12 @@ class OwnTeacher(TeacherStates):
             coming.states.record_stream(stream)
         return coming.states
 
-    def _forward(self, batch: DeviceBatch) -> Tensor:
+    def _forward(self, batch: Batch) -> Tensor:
         if not self.ahead and self.device == self.teacher_device:
             return self.backbone(batch.inputs, batch.position_ids)
-        source = batch.source
-        assert source is not None
-        positions = None if source.position_ids is None else source.position_ids.to(self.teacher_device, **LATER)
-        return self.backbone(source.tokens.to(self.teacher_device, **LATER)[:, :-1], positions)
+        assert batch.on_host is not None
+        own = batch.on_host.to(self.teacher_device)
+        return self.backbone(own.inputs, own.position_ids)
 
 
 class HostTeacher(TeacherStates):
@@ -185,10 +182,10 @@ class HostTeacher(TeacherStates):
             if first == self.first:
                 self.group, self.on_host = group, on_host
 
-    def start(self, batch: DeviceBatch) -> Coming:
+    def start(self, batch: Batch) -> Coming:
         """Bring all local ranks' batches to the teacher and start on them."""
-        assert batch.source is not None
-        tokens, positions = batch.source.tokens[:, :-1], batch.source.position_ids
+        assert batch.on_host is not None
+        tokens, positions = batch.on_host.inputs, batch.on_host.position_ids
         sent = torch.stack([tokens] if positions is None else [tokens, positions])
         everyone = [torch.empty_like(sent) for _ in range(self.size)] if self.serves else None
         dist.gather(sent, everyone, dst=self.first, group=self.on_host)
@@ -196,7 +193,7 @@ class HostTeacher(TeacherStates):
         own = torch.empty(*tokens.shape, self.width, dtype=self.dtype, device=place)
         parts = None
         if everyone is not None and self.backbone is not None:
-            together = torch.cat(everyone, dim=1).to(self.teacher_device, **LATER)
+            together = torch.cat(everyone, dim=1).to(self.teacher_device, non_blocking=True)
             hidden = self.backbone(together[0], None if positions is None else together[1])
             parts = [part.contiguous() for part in hidden.chunk(self.size)]
         return Coming(own, dist.scatter(own, parts, src=self.first, group=self.group, async_op=True), parts)

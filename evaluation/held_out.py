@@ -50,9 +50,8 @@ def held_out_sums(
     import torch
 
     from distill.losses import chunked_kd_loss
-    from trainer import to_device
 
-    here = to_device(batch, device, {}, non_blocking=False)
+    here = batch.to(device)
     teacher_hidden = teacher_states.of(here)
     one = torch.ones((), device=device)
     terms = student_loss(here.inputs, here.labels, here.valid, here.position_ids, teacher_hidden, one)

@@ -5,13 +5,13 @@ graph it takes what the device needs. A large pair keeps the device busy anyway 
 """
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from loop.forms import DeviceBatch, Sums
+from data import Batch
+from loop.forms import MicroStep, Sums
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class CapturedMicroStep:
 
     def __init__(
         self,
-        micro_step: Callable[[DeviceBatch, Tensor], Sums],
+        micro_step: MicroStep,
         parameters: list[nn.Parameter],
         device: torch.device,
     ):
@@ -38,7 +38,7 @@ class CapturedMicroStep:
         self.calls = 0
         self.gradients: list[tuple[nn.Parameter, Tensor]] = []  # kept for a graph alone: they are memory
 
-    def __call__(self, batch: DeviceBatch, grad_scale: Tensor) -> Sums:
+    def __call__(self, batch: Batch, grad_scale: Tensor) -> Sums:
         """As the micro step itself; figures are copies."""
         self.calls += 1
         if self.calls == EAGER_CALLS + 1 and self.gradients:
@@ -49,7 +49,7 @@ class CapturedMicroStep:
                 self.gradients = [(p, p.grad) for p in self.parameters if p.grad is not None]
             return sums
         self._restore_gradients()
-        for name in ("inputs", "labels", "valid"):
+        for name in ("tokens", "valid"):
             getattr(self.batch, name).copy_(getattr(batch, name))
         self.scale.copy_(grad_scale)
         self.graph.replay()
@@ -68,10 +68,10 @@ class CapturedMicroStep:
                 buffer.copy_(parameter.grad)
             parameter.grad = buffer
 
-    def _capture(self, batch: DeviceBatch, grad_scale: Tensor) -> None:
+    def _capture(self, batch: Batch, grad_scale: Tensor) -> None:
         """Record a step without running it; one that cannot be recorded gives a warning and runs without a graph."""
-        copies = {name: getattr(batch, name).clone() for name in ("inputs", "labels", "valid")}
-        self.batch = replace(batch, **copies, source=None, following=None)
+        copies = {name: getattr(batch, name).clone() for name in ("tokens", "valid")}
+        self.batch = replace(batch, **copies, on_host=None, following=None)
         self.scale = grad_scale.clone()
         self._restore_gradients()
         graph = torch.cuda.CUDAGraph()

@@ -1,4 +1,4 @@
-"""The forms that pass between loop, steps and checkpoints: where a run stands, a stage, a batch on its device."""
+"""The forms that pass between loop, steps and checkpoints: where a run stands, a stage, figures."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -12,7 +12,7 @@ from hardware.ranks import Ranks
 from optim.stretch import last_step
 
 Sums = dict[str, torch.Tensor]  # figures of a batch, summed over its valid tokens
-MicroStep = Callable[["DeviceBatch", torch.Tensor], Sums]  # forward and backward, gradients times a scale
+MicroStep = Callable[[Batch, torch.Tensor], Sums]  # forward and backward, gradients times a scale
 
 
 @dataclass
@@ -90,17 +90,3 @@ class Stage:
         """Take off what the optimizer has hung on the parameters; the next stage trains some of them too."""
         if hasattr(self.optimizer, "close"):
             self.optimizer.close()
-
-
-@dataclass
-class DeviceBatch:
-    """A `data.Batch` on the student's device."""
-
-    inputs: torch.Tensor  # int64 [b, t]
-    labels: torch.Tensor  # int64 [b, t]
-    valid: torch.Tensor  # bool [b, t]
-    position_ids: torch.Tensor | None  # int64 [b, t]
-    document_ids: list[str]
-    loader_state: dict[str, Any]  # the loader's state after this batch
-    source: Batch | None = None  # the same on the host
-    following: "DeviceBatch | None" = None  # the next one, with `Stage.ahead`

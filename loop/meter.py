@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from loop.forms import DeviceBatch, Progress, Stage, Sums
+from data import Batch
+from loop.forms import Progress, Stage, Sums
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +165,7 @@ class BadStepWatch:
         self.progress, self.limit = progress, limit
         self.pending: tuple[HostCopy, int, list[str]] | None = None
 
-    def push(self, bad: torch.Tensor, window: list["DeviceBatch"]) -> None:
+    def push(self, bad: torch.Tensor, window: list[Batch]) -> None:
         documents = sorted({name for batch in window for name in batch.document_ids})
         self.flush()
         flag = HostCopy(bad.view(1))

@@ -15,12 +15,10 @@ from hardware.fp8 import check_fp8, quantise_teacher_fp8
 from hardware.ranks import Ranks
 from hardware.recomputation import set_activation_checkpointing
 from hardware.settings import StepSettings
-from loop.forms import DeviceBatch
 from models import LlambaForCausalLM
 from optim.build import build_optimizer
 from optim.moments import block_length
 from run.pair import Models
-from trainer import to_device
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +86,7 @@ def try_step(args: Arguments, models: Models) -> None:
     models.student_loss.zero_grad(set_to_none=True)
 
 
-def trial_batch(args: Arguments, device: torch.device) -> DeviceBatch:
+def trial_batch(args: Arguments, device: torch.device) -> Batch:
     """A batch of the KD stages' shape; with `--document_reset` of two documents, so that attention gets its mask."""
     shape = (args.batch_size, args.seq_length)
     positions = None
@@ -96,7 +94,7 @@ def trial_batch(args: Arguments, device: torch.device) -> DeviceBatch:
         positions = (torch.arange(shape[1]) % max(1, shape[1] // 2)).expand(shape).contiguous()
     tokens = torch.zeros((shape[0], shape[1] + 1), dtype=torch.long)
     valid = torch.ones(shape, dtype=torch.bool)
-    return to_device(Batch(tokens, valid, positions, []), device, {}, non_blocking=False)
+    return Batch(tokens, valid, positions, []).to(device)
 
 
 def _try_optimizer(args: Arguments, student: LlambaForCausalLM) -> None:

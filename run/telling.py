@@ -3,10 +3,11 @@
 import logging
 from typing import Any
 
+from data import Batch
 from evaluation.diagnostics import as_numbers, continuations, gradient_norms, layer_figures
 from evaluation.held_out import figures_of, held_out_sums
 from hardware.parallel import is_sharded, reshard
-from loop.forms import DeviceBatch, Progress, Stage
+from loop.forms import Progress, Stage
 from run.beginning import Beginning
 from run.pair import Models
 from run.signals import StopSignals
@@ -37,13 +38,13 @@ class Telling:
             )
         self.tracker.log(figures, step=step)
 
-    def diagnose(self, progress: Progress, stage: Stage, batch: DeviceBatch) -> None:
+    def diagnose(self, progress: Progress, stage: Stage, batch: Batch) -> None:
         """Every `--diagnostics_interval` steps: figures of each layer, before the update (`layers/...`)."""
         interval, step = self.args.diagnostics_interval, progress.optimizer_step + 1
         if interval and step % interval == 0:
             self.ranks.together(lambda: self._diagnose(progress, stage, batch, step))
 
-    def _diagnose(self, progress: Progress, stage: Stage, batch: DeviceBatch, step: int) -> None:
+    def _diagnose(self, progress: Progress, stage: Stage, batch: Batch, step: int) -> None:
         student, teacher = self.models.student, self.models.teacher
         figures = gradient_norms(student, stage.scaler.get_scale() if stage.scaler is not None else 1.0)
         if self.ranks.is_first and not is_sharded(student):

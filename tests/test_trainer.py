@@ -8,7 +8,7 @@ from distill.teacher import OwnTeacher
 from helpers.stages import batches_of, make_stage
 from helpers.teachers import TEACHERS, make_student, make_teacher
 from loop.forms import Progress
-from trainer import Services, accumulate, run_stage, to_device, windows
+from trainer import Services, accumulate, run_stage, windows
 
 
 def test_one_times_eight_has_the_gradients_of_two_times_four():
@@ -19,7 +19,7 @@ def test_one_times_eight_has_the_gradients_of_two_times_four():
     for size in (8, 4, 1):
         student.zero_grad()
         stage = make_stage(teacher, student, [], ce_weight=0.3, temperature=2.0)
-        window = [to_device(b, torch.device("cpu"), {}, non_blocking=False) for b in batches_of(tokens, valid, size)]
+        window = [b.to(torch.device("cpu")) for b in batches_of(tokens, valid, size)]
         sums = accumulate(stage, window, lambda: False)
         gradients.append([p.grad.clone() for p in student.parameters()])
         assert sums["tokens"] == valid.sum()
@@ -122,5 +122,5 @@ def test_a_tied_bf16_heads_gradient_accumulates_in_float32():
     assert student.lm_head.weight is student.backbone.embedding.weight
     stage = make_stage(teacher, student, [])
     batches = batches_of(torch.randint(0, 512, (4, 9)), torch.ones(4, 8, dtype=torch.bool), 1)
-    accumulate(stage, [to_device(b, torch.device("cpu"), {}, non_blocking=False) for b in batches], lambda: False)
+    accumulate(stage, [b.to(torch.device("cpu")) for b in batches], lambda: False)
     assert student.lm_head.weight.grad.dtype == torch.float32

@@ -19,7 +19,7 @@ from optim.muon import STACKED
 from run.acceleration import step_settings
 from run.flag_checks import validate
 from run.inputs import choose_parallel
-from trainer import accumulate, to_device
+from trainer import accumulate
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -66,7 +66,7 @@ def gradients(teacher, student, tokens, valid, size, weight):
     """Gradients and sums of one window of `size` sequences a micro step."""
     student.zero_grad()
     stage = make_stage(teacher, student, [], layer_weight=weight)
-    window = [to_device(batch, CPU, {}, non_blocking=False) for batch in batches_of(tokens, valid, size)]
+    window = [batch.to(CPU) for batch in batches_of(tokens, valid, size)]
     sums = accumulate(stage, window, lambda: False)
     return [p.grad.clone() for p in student.parameters()], sums
 
@@ -110,7 +110,7 @@ def test_a_window_keeps_no_states_and_an_evaluation_makes_the_last_alone(monkeyp
     monkeypatch.setattr(OwnTeacher, "start", seen)
     stage = make_stage(teacher, make_student(teacher, [1]), [], layer_weight=1.0)
     tokens, valid = torch.randint(0, 512, (4, 6)), torch.ones(4, 5, dtype=torch.bool)
-    window = [to_device(batch, CPU, {}, non_blocking=False) for batch in batches_of(tokens, valid, 2)]
+    window = [batch.to(CPU) for batch in batches_of(tokens, valid, 2)]
     accumulate(stage, window, lambda: False)
     assert len(made) == 2 and not any(ref() is not None for ref in made)
     with torch.no_grad():
@@ -122,7 +122,7 @@ def test_a_batch_that_is_prepared_outlasts_an_evaluation():
     own, forwards = OwnTeacher(teacher, CPU, ahead=True), []
     own.backbone.register_forward_pre_hook(lambda *_: forwards.append(1))
     tokens, valid = torch.randint(0, 512, (4, 6)), torch.ones(4, 5, dtype=torch.bool)
-    following, held_out = (to_device(b, CPU, {}, non_blocking=False) for b in batches_of(tokens, valid, 2))
+    following, held_out = (b.to(CPU) for b in batches_of(tokens, valid, 2))
     own.prepare(following)
     assert torch.equal(own.of(held_out), teacher_hidden(teacher, tokens[2:, :-1]))
     assert torch.equal(own.of(following), teacher_hidden(teacher, tokens[:2, :-1]))

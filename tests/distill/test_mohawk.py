@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from conftest import tiny_llama_config
+from data import Batch
 from distill.initialization import attention_half, attention_matrix, mlp_half, visit_layers
 from distill.mohawk import AlignmentMicroStep, hidden_loss, matrix_loss, trained_mixers
 from helpers import runs
 from helpers.teachers import TEACHERS, make_student, make_teacher
-from loop.forms import DeviceBatch
 from models.modeling_llamba import AttentionInputs
 
 PROBE = torch.arange(60).view(3, 20)
@@ -33,7 +33,7 @@ def pair(name="grouped queries", layers=(1,), expand=1):
 
 def batch_of(tokens, position_ids=None, valid=None):
     valid = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
-    return DeviceBatch(tokens, tokens, valid, position_ids, [], {})
+    return Batch(torch.cat([tokens, tokens[:, :1]], 1), valid, position_ids, [])
 
 
 def layer_inputs(teacher, tokens, position_ids=None):

@@ -19,7 +19,7 @@ from loop.meter import HostCopy
 from optim.build import build_optimizer
 from optim.step import clip_and_step
 from optim.update_in_backward import UpdateInBackward
-from trainer import accumulate, to_device
+from trainer import accumulate
 
 THREE_STAGES = dict(hidden_tokens=512, max_steps=3, second_dataset_tokens=384)
 ONE = torch.ones(())
@@ -156,7 +156,7 @@ def test_it_costs_less_than_a_thousandth_of_a_stage_of_100_steps():
     tokens = torch.randint(0, 512, (4, 65))
     batches = batches_of(tokens, torch.ones(4, 64, dtype=torch.bool), 4)
     stage = make_stage(teacher, make_student(teacher, [1]), batches)
-    window = [to_device(batch, stage.device, {}, non_blocking=False) for batch in batches]
+    window = [batch.to(stage.device) for batch in batches]
     times = {"step": [], "check": []}
     for _ in range(5):
         stage.optimizer.zero_grad()
