@@ -132,10 +132,10 @@ def prepare_stage(args: Arguments, name: str, session: "Session", inputs: "Input
     """A stage at its beginning, or where an interrupted one stood."""
     from run.stages import build_stage
 
-    models, phases = session.models, session.begun.phases(name, inputs.text)
-    done, known = session.begun.steps_done(name), session.begun.stretches(name, phases)
+    models, done = session.models, session.begun.steps_done(name)
+    phases, stretches = session.begun.schedule(name, inputs.text)
     stage = build_stage(
-        args, name, models, loader, phases, session.ranks, inputs.parallel, done=done, stretches=known
+        args, name, models, loader, phases, session.ranks, inputs.parallel, done=done, stretches=stretches
     )
     session.enter(stage)
     return stage

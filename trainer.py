@@ -10,7 +10,7 @@ Words: a *micro step* is one forward/backward of one batch, an *optimizer step* 
 import itertools
 import logging
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +114,8 @@ def run_stage(stage: Stage, progress: Progress, services: Services) -> bool:
                 _save(stage, progress, services.save, meter, watch, journal)
         if stage.open_ended and not coming.stopped:
             _evaluate_at_the_end(services, progress, journal)
+            if services.save_stable is not None and _ends_stable(stage, progress):
+                _save(stage, progress, services.save_stable, meter, watch, journal)
         watch.flush()
         check.flush()
     except services.save_before_raising:
@@ -219,24 +221,44 @@ def _expect(progress: Progress, stage: Stage, window: list[Batch]) -> None:
     Looked at from half the plan on; what is known of the text's length is its share that lies behind.
     """
     share, step, before = progress.loader.get("share"), progress.stage_step, progress.stage_end
-    if not stage.open_ended or not share or 2 * step < progress.stage_total:
+    if not stage.open_ended or 2 * step < progress.stage_total:
+        return
+    if not share:
+        if step == progress.stage_total + 1:
+            log.warning("%s: longer than its %d steps; the learning rate stays at its least", stage.name, step - 1)
         return
     left = math.ceil(progress.stage_tokens * (1 / share - 1) / _window_tokens(stage, window))
     off = step + left - before
     if abs(off) <= max(1, left // 10) or not (off > 0 or progress.stage_stretches):
         return
     progress.stage_expected = step + left
-    if left:
-        stage.stretches.append([step, progress.stage_expected])
-        progress.stage_stretches = [list(stretch) for stretch in stage.stretches]
-    log.warning(
-        "%s: about %d optimizer steps, not %d: what is left of the schedule is stretched over them",
-        stage.name, progress.stage_expected, before,
-    )  # fmt: skip
+    if not left:
+        return
+    stage.stretches.append([step, progress.stage_expected])
+    progress.stage_stretches = [list(stretch) for stretch in stage.stretches]
+    if _is_news([expected for _, expected in stage.stretches]):
+        log.warning(
+            "%s: about %d optimizer steps, not %d: what is left of the schedule is stretched over them",
+            stage.name, progress.stage_expected, before,
+        )  # fmt: skip
+
+
+def _is_news(expected: Sequence[int]) -> bool:
+    """Whether the last of these lengths is to be said: the first is, then each that has doubled since."""
+    told = 0
+    for length in expected:
+        news = length >= 2 * told
+        told = length if news else told
+    return news
 
 
 def _finished(stage: Stage, progress: Progress) -> bool:
     return not stage.open_ended and progress.stage_step >= stage.total_steps
+
+
+def _ends_stable(stage: Stage, progress: Progress) -> bool:
+    """True where a pass has ended before the cooldown: a longer stage goes on from its end."""
+    return stage.stable_step is not None and 0 < progress.stage_step < stage.stable_step
 
 
 def _save_due(stage: Stage, progress: Progress, services: Services) -> bool:

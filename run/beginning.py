@@ -81,16 +81,11 @@ class Beginning:
         """Optimizer steps of a stage that were taken before."""
         return self.resumed.done if self.resumed is not None and name == self.resumed.interrupted else 0
 
-    def phases(self, name: str, text: RunText) -> Phases:
-        """The optimizer steps of a stage, and of its warm-up and cooldown."""
+    def schedule(self, name: str, text: RunText) -> tuple[Phases, list[list[int]]]:
+        """The optimizer steps of a stage, of its warm-up and cooldown, and how they are stretched."""
         if self.resumed is not None and name == self.resumed.interrupted:
-            return self.resumed.phases(text)
-        return Phases.of(text.total_steps(name), self.args.warmup_ratio, self.args.decay_ratio)
-
-    def stretches(self, name: str, phases: Phases) -> list[list[int]]:
-        """Those of an interrupted stage's schedule, as long as its plan is the same."""
-        kept = self.steps_done(name) and phases.total == self.progress.stage_total
-        return [list(stretch) for stretch in self.progress.stage_stretches] if kept else []
+            return self.resumed.schedule(text)
+        return Phases.of(text.total_steps(name), self.args.warmup_ratio, self.args.decay_ratio), []
 
     def check_position(self, loaders: dict[str, Any], text: RunText) -> None:
         """Raise a `UserError` where a resumed stage cannot go on, before any model is loaded."""

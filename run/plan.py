@@ -1,4 +1,4 @@
-"""From flags to a plan: which stages a run has, and how many optimizer steps each takes."""
+"""From flags to a plan: which stages a run has, in which order, and how long each is."""
 
 import math
 from collections.abc import Mapping
@@ -6,18 +6,24 @@ from typing import Any
 
 from arguments import Arguments
 
+Length = tuple[str, int]  # unit and number
+
+
+def stage_lengths(flags: Mapping[str, Any]) -> dict[str, Length]:
+    """The length of each stage that the flags ask for, in their order: in tokens, passes ("epochs") or steps."""
+    lengths: dict[str, Length] = {}
+    for name in ("matrix", "hidden"):
+        if flags[f"{name}_tokens"]:
+            lengths[name] = "tokens", flags[f"{name}_tokens"]
+    lengths["stage1"] = ("epochs", flags["epochs"]) if flags["epochs"] else ("steps", flags["max_steps"])
+    if flags["second_dataset_name"] and not flags["skip_stage2"]:
+        lengths["stage2"] = "tokens", flags["second_dataset_tokens"] * flags["second_dataset_epochs"]
+    return lengths
+
 
 def stage_names(args: Arguments) -> list[str]:
     """The stages that the flags ask for, in their order."""
-    names = []
-    if args.matrix_tokens:
-        names.append("matrix")
-    if args.hidden_tokens:
-        names.append("hidden")
-    names.append("stage1")
-    if args.second_dataset_name and not args.skip_stage2:
-        names.append("stage2")
-    return names
+    return list(stage_lengths(vars(args)))
 
 
 def mixer_options(args: Arguments) -> dict[str, Any]:
@@ -35,14 +41,13 @@ def sequence_length(args: Arguments, name: str) -> int:
     return args.matrix_seq_length if name == "matrix" else args.seq_length
 
 
-def planned_steps(args: Arguments, name: str, world_size: int) -> int:
-    """Optimizer steps of a stage whose number the flags alone say (not stage 1 with `--epochs`)."""
-    tokens = {
-        "matrix": args.matrix_tokens,
-        "hidden": args.hidden_tokens,
-        "stage2": args.second_dataset_tokens * args.second_dataset_epochs,
-    }
-    if name not in tokens:
-        return args.max_steps
-    sequences = sequences_a_step(vars(args), world_size)
-    return max(1, math.ceil(tokens[name] / (sequences * sequence_length(args, name))))
+def tokens_a_step(flags: Mapping[str, Any], name: str, ranks: int) -> int:
+    """Tokens that an optimizer step of a stage takes, over all ranks."""
+    return sequences_a_step(flags, ranks) * flags["matrix_seq_length" if name == "matrix" else "seq_length"]
+
+
+def planned_steps(args: Arguments, name: str, ranks: int) -> int:
+    """Optimizer steps of a stage whose number the flags alone say (not one that is measured in passes)."""
+    flags = vars(args)
+    unit, number = stage_lengths(flags)[name]
+    return number if unit == "steps" else max(1, math.ceil(number / tokens_a_step(flags, name, ranks)))

@@ -7,8 +7,7 @@ construction `stable-<stage>`, the state at the end of the stable phase.
 """
 
 import logging
-import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,14 +20,12 @@ from checkpoints.run_folder import CHECKPOINT
 from checkpoints.run_state import read_metadata
 from loop.forms import Progress
 from optim.schedule import Phases
-from run.plan import sequences_a_step
+from run.plan import Length, sequences_a_step, stage_lengths
 from run.resume_rules import COOLDOWN_FLAGS, LENGTH_FLAGS, RULES, STAGES, UNKNOWN, Rule
-from run.text import RunText
 from utils import UserError, auto_layers, mask_secrets
 
 log = logging.getLogger(__name__)
 
-Length = tuple[str, int]  # unit and number
 Flags = dict[str, Any]
 
 
@@ -89,8 +86,8 @@ class Standing:
 
     @property
     def has_cooled(self) -> bool:
-        """True from the first step of the cooldown on, or the end of a pass: no longer stage comes through here."""
-        return self.progress.stage_cooled > 0 or self.progress.stage_done
+        """True from the first step of the cooldown on: no longer stage comes through here."""
+        return self.progress.stage_cooled > 0
 
 
 @dataclass(frozen=True)
@@ -106,18 +103,6 @@ class Start:
 def with_defaults(flags: Flags) -> Flags:
     """Flags, with those that a checkpoint does not know yet at their defaults."""
     return {**mask_secrets(vars(build_parser().parse_args([]))), **flags}
-
-
-def stage_lengths(flags: Flags) -> dict[str, Length]:
-    """The length of each stage that the flags ask for, in order."""
-    lengths: dict[str, Length] = {}
-    for name in ("matrix", "hidden"):
-        if flags[f"{name}_tokens"]:
-            lengths[name] = "tokens", flags[f"{name}_tokens"]
-    lengths["stage1"] = ("epochs", flags["epochs"]) if flags["epochs"] else ("steps", flags["max_steps"])
-    if flags["second_dataset_name"] and not flags["skip_stage2"]:
-        lengths["stage2"] = "tokens", flags["second_dataset_tokens"] * flags["second_dataset_epochs"]
-    return lengths
 
 
 def is_longer(before: Length | None, after: Length | None) -> bool:
@@ -310,27 +295,3 @@ def _siblings(folder: Path) -> list[Standing]:
         if CHECKPOINT.fullmatch(path.name) and damage(path, hashes=False) is None:
             found.append(Standing(path, read_metadata(path)))
     return sorted(found, key=lambda standing: -standing.progress.optimizer_step)
-
-
-def resumed_length(standing: Standing, name: str, text: RunText) -> int:
-    """Optimizer steps of a stage that goes on: as many as it had, unless flags of its length have changed.
-
-    A stage that is measured in tokens or passes takes the rest of them, whatever a step has taken so far.
-    """
-    progress = standing.progress
-    now = {**vars(text.args), "tokens a step": tokens_a_step(vars(text.args), name, text.ranks.world_size)}
-    before = {**standing.flags, "tokens a step": tokens_a_step(standing.flags, name, standing.ranks)}
-    by_steps = name == "stage1" and not now["epochs"]
-    telling = ("max_steps", "epochs") if by_steps else (*LENGTH_FLAGS, "epoch_step_hint", "tokens a step")
-    if all(now[flag] == before[flag] for flag in telling):
-        return progress.stage_total
-    asked = text.total_steps(name)
-    if by_steps:
-        return asked
-    per_step = now["tokens a step"]
-    return progress.stage_step + math.ceil((asked * per_step - progress.stage_tokens) / per_step)
-
-
-def tokens_a_step(flags: Mapping[str, Any], name: str, world_size: int) -> int:
-    """Tokens that an optimizer step of a stage takes, over all ranks."""
-    return sequences_a_step(flags, world_size) * flags["matrix_seq_length" if name == "matrix" else "seq_length"]

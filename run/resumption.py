@@ -14,8 +14,10 @@ from loop.forms import Progress, Stage
 from models import LlambaForCausalLM
 from optim.saved_state import load_optimizer_state
 from optim.schedule import Phases
-from run.plan import sequences_a_step
-from run.resume import Standing, Start, resumed_length
+from optim.stretch import last_step
+from run.plan import sequences_a_step, stage_lengths
+from run.resume import Standing, Start
+from run.resumed_schedule import resumed_schedule
 from run.text import RunText
 from utils import UserError
 
@@ -31,6 +33,7 @@ class Resumption:
         self.standing = Standing(start.folder, read_metadata(start.folder))
         self.changed = {change.name for change in start.changes}
         self.state: dict[str, Any] = {}
+        self._schedule: tuple[Phases, list[list[int]]] | None = None
         self.progress = Progress()
         if isinstance(args.layers, NotGiven):
             args.layers = self.standing.flags["layers"]
@@ -55,12 +58,12 @@ class Resumption:
         stage, step = self.progress.stage, self.progress.optimizer_step
         log.info("resuming %s: %s, step %d", self.start.folder, stage, step)
 
-    def phases(self, text: RunText) -> Phases:
-        """The steps of the interrupted stage: the warm-up keeps its number unless `--warmup_ratio` is changed."""
-        args, warmup = self.args, self.standing.progress.stage_warmup
-        total = resumed_length(self.standing, self.interrupted, text)
-        kept = None if "warmup_ratio" in self.changed else warmup
-        return Phases.of(total, args.warmup_ratio, args.decay_ratio, kept)
+    def schedule(self, text: RunText) -> tuple[Phases, list[list[int]]]:
+        """The steps of the interrupted stage, and their stretches, worked out once."""
+        if self._schedule is None:
+            share, keeps_warmup = self.progress.loader.get("share"), "warmup_ratio" not in self.changed
+            self._schedule = resumed_schedule(self.standing, text, share, keeps_warmup=keeps_warmup)
+        return self._schedule
 
     def check(self, loaders: dict[str, Any], text: RunText) -> None:
         """Raise a `UserError` where the interrupted stage cannot go on: with other text, or with no step left."""
@@ -69,14 +72,17 @@ class Resumption:
             return
         if self.progress.loader:
             loaders[name].load_state_dict(self.progress.loader)
-        phases = self.phases(text)
-        if self.changed and done >= phases.total:
+        phases, stretches = self.schedule(text)
+        by_passes = stage_lengths(vars(self.args))[name][0] == "epochs"  # then the text ends it, whatever was planned
+        telling = self.changed & {"epochs", "epoch_step_hint"} if by_passes else self.changed
+        if telling and done >= phases.total:
             raise UserError(
                 f"--resume: with {', '.join(f'--{flag}' for flag in sorted(self.changed))} changed {name} has "
                 f"{phases.total} steps, and the run stands at its step {done} already; ask for more, or start anew "
                 "with another --output_dir"
             )
-        if self.changed and not self.progress.stage_cooled and done > phases.stable_end:
+        stable_end = last_step(phases.stable_end, phases.total, stretches)
+        if self.changed and not self.progress.stage_cooled and done > stable_end:
             log.warning(
                 "%s: the learning rate falls at once, since its cooldown of %d steps has begun before step %d; in a "
                 "longer stage it would begin later", name, phases.cooldown, done,

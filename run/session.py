@@ -53,8 +53,9 @@ class Session:
             self._align(stage)
             self.begun.tracker.mark_stage(stage.name, self.progress.optimizer_step)
         self.progress.stage_total, self.progress.stage_warmup = stage.total_steps, stage.warmup
-        if not stage.stretches:  # a stage anew, or of another plan
-            self.progress.stage_expected, self.progress.stage_stretches = 0, []
+        if stage.stretches != self.progress.stage_stretches:  # of another plan, or over steps of another size
+            self.progress.stage_stretches = [list(stretch) for stretch in stage.stretches]
+            self.progress.stage_expected = stage.stretches[-1][1] if stage.stretches else 0
 
     def _align(self, stage: Stage) -> None:
         """`--resume_step`: log and schedule start there; weights, optimizer and data do not."""

@@ -16,15 +16,15 @@ class PassShare:
 
     def __init__(self, files: Sequence[TextFile], sizes: Sequence[int]):
         self.files, self.sizes = files, sizes
-        self.units: dict[int, int] = {}  # rows of a parquet file, bytes of a JSON text
+        self.units: dict[int, int] = {}  # rows of a parquet or Arrow file, bytes of a JSON text
 
     def before(self, order: Sequence[int], position: tuple[int, int, int]) -> float | None:
         """Share of the pass over the files in `order` before (place in order, row, byte offset), from 0 to 1.
 
-        None where it cannot be told: Arrow streams do not say how long they are.
+        None where it cannot be told: Arrow streams on the Hub do not say how long they are.
         """
         place, row, offset = position
-        if any(file.format == "arrow" for file in self.files):
+        if any(file.format == "arrow" and not file.written for file in self.files):
             return None
         stored = float(sum(self.sizes[index] for index in order[:place]))
         if place < len(order):
@@ -39,7 +39,7 @@ class PassShare:
             with contextlib.suppress(BadData):  # no footer: such a file has no positions in its middle
                 rows = file.row_count()
                 self.units[index] = text_size(file) if rows is None else rows
-        at = row if file.format == "parquet" else offset
+        at = offset if file.format in ("json", "jsonl") else row
         return min(1.0, at / max(1, self.units.get(index, 1)))
 
 

@@ -6,6 +6,7 @@ again from its start. What cannot be read becomes a `BadData` in the row's place
 """
 
 import codecs
+import contextlib
 import io
 import itertools
 import re
@@ -73,14 +74,19 @@ class TextFile:
             return handle.seek(0, io.SEEK_END)
 
     def row_count(self) -> int | None:
-        """Rows according to a parquet file's footer; None for other formats. Raises `BadData` without a footer."""
+        """Rows of a parquet file by its footer, or of a local Arrow stream; None where none are counted so quickly.
+
+        Raises `BadData` for a parquet file without a footer.
+        """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        if self.format != "parquet":
+        if self.format not in ("parquet", "arrow"):
             return None
         with self.open() as handle:
             try:
+                if self.format == "arrow":
+                    return _mapped_rows(handle.name) if isinstance(handle, io.FileIO) else None
                 return pq.read_metadata(handle).num_rows
             except (pa.ArrowException, OSError) as error:
                 raise self.bad(error, 0) from error
@@ -224,6 +230,17 @@ def check_utf8(data: memoryview) -> memoryview:
     for start in range(0, len(data), BUFFER_BYTES):
         decoder.decode(data[start : start + BUFFER_BYTES], final=start + BUFFER_BYTES >= len(data))
     return data
+
+
+def _mapped_rows(path: str) -> int:
+    """Rows of an Arrow stream up to its end or first damage: of a mapped file the batches' headers alone are read."""
+    import pyarrow as pa
+
+    rows = 0
+    with pa.memory_map(path) as handle, contextlib.suppress(pa.ArrowException, OSError):
+        for batch in pa.ipc.open_stream(handle):
+            rows += batch.num_rows
+    return rows
 
 
 def _arrow_rows(file: TextFile, column: str, row: int, offset: int) -> Iterator[Row]:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,12 +11,13 @@ import pytest
 import torch
 
 import train
-from data import SourceSpec, build_loader
+from data import SourceSpec, build_loader, estimate_tokens
 from helpers import runs
 from loop.forms import Progress
 from optim.schedule import Phases, build_schedule
 from optim.stretch import last_step, planned_step
 from text import blocks
+from trainer import _expect, _is_news
 from utils import format_line
 
 
@@ -76,6 +78,40 @@ def test_shares_of_compressed_files_and_row_groups(even, tokenizer):
     shares = [loader.state_dict()["share"] for _ in loader]
     assert shares == sorted(shares) and shares[-1] == 1
     assert max(after - before for before, after in itertools.pairwise(shares)) < 0.05
+
+
+def test_arrow_streams_tell_how_long_they_are(even, tokenizer, tmp_path):
+    """Local ones, also a damaged one up to its damage; their pass is estimated in rows, as a parquet file's is."""
+    table, folder = pq.read_table(even / "a.parquet"), tmp_path / "arrow"
+    folder.mkdir()
+    for name in ("a.arrow", "b.arrow"):
+        with pa.ipc.new_stream(folder / name, table.schema) as stream:
+            for batch in table.to_batches(max_chunksize=7):
+                stream.write_batch(batch)
+    whole = (folder / "b.arrow").read_bytes()
+    (folder / "b.arrow").write_bytes(whole[: len(whole) // 2])
+    spec = SourceSpec(str(folder), shuffle_buffer=7, on_bad_data="skip")
+    loader = build_loader(spec, tokenizer, seq_length=64, batch_size=2, epochs=1, prefetch=0)
+    shares = [loader.state_dict()["share"] for _ in loader]
+    assert shares == sorted(shares) and shares[-1] == 1 and len(shares) > 20
+    assert max(after - before for before, after in itertools.pairwise(shares)) < 0.05
+    (folder / "b.arrow").unlink()
+    rows, stored = (estimate_tokens(SourceSpec(str(path)), tokenizer) for path in (folder, even / "a.parquet"))
+    assert rows == stored
+
+
+def test_a_pass_of_unknown_length_that_is_longer_is_said_once(caplog):
+    stage = SimpleNamespace(name="stage1", open_ended=True, stretches=[])
+    for step in range(1, 20):
+        _expect(Progress(stage_step=step, stage_total=10, stage_tokens=step), stage, [])
+    assert [record.getMessage() for record in caplog.records] == [
+        "stage1: longer than its 10 steps; the learning rate stays at its least"
+    ]
+
+
+def test_a_length_is_told_first_and_when_it_has_doubled():
+    lengths = [10, 12, 19, 20, 30, 39, 40, 15]
+    assert [length for count, length in enumerate(lengths, 1) if _is_news(lengths[:count])] == [10, 20, 40]
 
 
 def test_an_endless_loaders_state_stays_as_it_was(even, tokenizer):
@@ -139,8 +175,9 @@ def test_a_hint_that_is_far_too_small(tiny_teacher, even, sources, tmp_path, cap
     rows = [row for row in runs.metrics(tmp_path / "run") if "train/loss" in row]
     steps = rows[-1]["step"]
     assert steps > 8
-    said = r"stage1: about (\d+) optimizer steps, not 4: what is left of the schedule is stretched"
-    assert re.search(said, capsys.readouterr().out)
+    said = r"stage1: about (\d+) optimizer steps, not \d+: what is left of the schedule is stretched"
+    told = list(map(int, re.findall(said, capsys.readouterr().out)))
+    assert told and all(after >= 2 * before for before, after in itertools.pairwise(told))
     assert all(row["stage_step"] <= row["stage_total"] for row in rows)
     middle = rows[steps // 2]
     assert middle["stage_total"] == pytest.approx(steps, rel=0.15) and middle["perf/eta_seconds"] > 0
@@ -154,6 +191,14 @@ def test_a_hint_that_is_far_too_small(tiny_teacher, even, sources, tmp_path, cap
     card = (tmp_path / "run" / "final" / "README.md").read_text()
     assert f"at step {steps}:" in card and f"in {steps} optimizer steps" in card
 
+    for number in (6, steps // 2):  # half as much a step from there on, before anything was said and behind it
+        copy = tmp_path / f"smaller-{number}"
+        runs.copy_up_to(tmp_path / "run", f"checkpoint-{number - number % 2}", copy)
+        smaller = {**options, "batch_size": 7, "resume_force": True}
+        assert train.main(runs.flags(tiny_teacher, sources, copy, **smaller)) == 0
+        found = [row["train/lr"] for row in runs.metrics(copy) if "train/loss" in row]
+        assert len(found) == pytest.approx(2 * steps - number, abs=2)
+        assert sorted(found[2:], reverse=True) == found[2:] and found[-4] > 2e-5 and found[-1] < 3e-4
     runs.copy_up_to(tmp_path / "run", "checkpoint-6", tmp_path / "resumed")
     assert train.main(runs.flags(tiny_teacher, sources, tmp_path / "resumed", **options)) == 0
     again = [row for row in runs.metrics(tmp_path / "resumed") if "train/loss" in row]

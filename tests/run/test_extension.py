@@ -137,6 +137,40 @@ def test_more_epochs(tmp_path, run, sources, documents):
     assert_equal_runs(tmp_path / "run", tmp_path / "planned")
 
 
+@pytest.mark.parametrize("hint", [3, 40], ids=["a hint too small", "a hint too large"])
+def test_more_epochs_than_a_wrong_hint_foresaw(tmp_path, run, sources, documents, hint):
+    """The second run knows the text's length. A pass that ended before any cooldown goes on from its end."""
+    short = tmp_path / "short.jsonl.gz"
+    runs.write_rows(short, [{"text": text[:300]} for text in documents[10:14]])
+    options = {**ALONE, "dataset_name": short, "epochs": 1, "epoch_step_hint": hint, "warmup_ratio": 0.05}
+    assert run(tmp_path / "run", **options)[0] == 0
+    steps = len(rates(tmp_path / "run"))
+    assert 10 < steps < 28  # of 40 the cooldown would begin after 28
+    assert "stable-stage1" in names(tmp_path / "run")
+    stable = read_metadata(tmp_path / "run" / "stable-stage1")["progress"]
+    assert stable["stage_step"] == (steps if hint > steps else last_full(rates(tmp_path / "run")))
+    shutil.copytree(tmp_path / "run", tmp_path / "without")
+    if hint > steps:  # its own end is the same state
+        shutil.rmtree(tmp_path / "run" / f"checkpoint-{steps}")
+    status, text = run(tmp_path / "run", **{**options, "epochs": 2})
+    assert status == 0 and f"resuming {tmp_path / 'run' / 'stable-stage1'}" in text, text
+    found = rates(tmp_path / "run")
+    warmup = round(hint * 0.05)
+    assert abs(len(found) - 2 * steps) <= 1
+    assert found[steps] > 5e-4 and found[-1] < 3e-4 and sorted(found[warmup:], reverse=True) == found[warmup:]
+    if hint > steps:  # then the length was known exactly
+        assert found[warmup : round(0.7 * 2 * steps)] == [1e-3] * (round(0.7 * 2 * steps) - warmup)
+    if hint > steps:
+        shutil.rmtree(tmp_path / "without" / "stable-stage1")
+        status, text = run(tmp_path / "without", **{**options, "epochs": 2})
+        assert status == 0, text
+        assert_equal_runs(tmp_path / "run", tmp_path / "without")
+
+
+def last_full(found):
+    return max(step for step, rate in enumerate(found, 1) if rate == 1e-3)
+
+
 def test_a_second_cooldown(tmp_path, run, ended):
     """Shorter: as planned so. Longer: at once at the rate of its closed form, and the log says so."""
     refused, text = run(ended, **{**ALONE, "decay_ratio": 0.1})
