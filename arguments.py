@@ -103,7 +103,7 @@ class OptimisationFlags:
     epoch_step_hint: int = flag(0, "optimizer steps an epoch; 0: estimated by sampling", parse=whole(0))
     batch_size: int = flag(1, "sequences a micro step, per rank", parse=whole(1))
     grad_accumulation_steps: int = flag(1, "micro steps an optimizer step", parse=whole(1))
-    optimizer: str = flag("adamw8bit", "optimizer", choices=["adamw", "adamw8bit", "muon", "flashadamw"])
+    optimizer: str = flag("adamw8bit", "optimizer", choices=["adamw", "adamw8bit", "muon"])
     max_lr: float = flag(1e-5, "highest learning rate", parse=real(0, above=True))
     min_lr: float = flag(1e-8, "last learning rate", parse=real(0))
     warmup_ratio: float = flag(0.1, "share of a stage's steps that warm up", parse=real(0, maximum=1))

@@ -3,7 +3,7 @@
 python -m benchmarks.optimizer [--preset 8b] [--ways adamw8bit torch_bf16 ...] [--json FILE]
 python -m benchmarks.optimizer --device cpu --preset tiny   # does it run?
 
-adamw8bit, adamw and flashadamw are timed as the trainer calls them, norm and clipping included; `norm alone` says how
+adamw8bit and adamw are timed as the trainer calls them, norm and clipping included; `norm alone` says how
 much of that is the norm. torch_bf16 (which loses small updates) and torch_fp32 are torch's fused AdamW without any.
 """
 
@@ -28,7 +28,7 @@ PRESETS: dict[str, list[tuple[int, ...]]] = {
     "135m": [(49152, 576)] + [(3483, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536), (576,), (576,)] * 30,
     "tiny": [(512, 256)] + [(300, 256), (256, 192), (96, 1, 4), (256,)] * 3,
 }
-WAYS = ("norm alone", "adamw8bit", "adamw", "torch_bf16", "torch_fp32", "flashadamw")
+WAYS = ("norm alone", "adamw8bit", "adamw", "torch_bf16", "torch_fp32")
 
 
 def build_parameters(preset: str, device: str, dtype: torch.dtype) -> nn.ParameterList:

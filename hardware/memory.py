@@ -27,9 +27,9 @@ CONTEXT = 0.6 * GIB  # kernels and libraries loaded on first use, outside torch'
 WORKSPACE = 0.1 * GIB  # cuBLAS workspaces and small tensors
 MARGIN = 0.04  # of what is allocated: rounding and fragments of the allocator
 # Bytes a trainable parameter of a matrix, for bf16 and for float32 parameters: the optimizers' docstrings.
-STATE_BYTES = {"adamw": (12.0, 8.0), "adamw8bit": (4.03, 2.03), "muon": (4.0, 4.0), "flashadamw": (4.13, 2.13)}
+STATE_BYTES = {"adamw": (12.0, 8.0), "adamw8bit": (4.03, 2.03), "muon": (4.0, 4.0)}
 # Bytes a trainable parameter that live only during the update: float32 copies of all gradients, measured temporaries.
-UPDATE_BYTES = {"adamw": (4.0, 0.0), "adamw8bit": (0.0, 0.0), "muon": (0.0, 0.0), "flashadamw": (5.7, 5.7)}
+UPDATE_BYTES = {"adamw": (4.0, 0.0), "adamw8bit": (0.0, 0.0), "muon": (0.0, 0.0)}
 # Bytes an entry of the matrices that muon updates together, eager and compiled: copies and products, counted.
 MUON_BYTES = (38.0, 24.0)
 
@@ -316,7 +316,7 @@ class StepModel:
             change = STATE_BYTES[settings.optimizer][wide] - STATE_BYTES["adamw8bit"][wide]
             found["--optimizer adamw8bit"] = change * sum(p.numel() for p in self._trainable())
         alone = self.shards == 1 and not self.replicated
-        refused = self.update_in_backward or self.dtype == torch.float16 or settings.optimizer == "flashadamw"
+        refused = self.update_in_backward or self.dtype == torch.float16
         if alone and not refused and settings.grad_accumulation_steps == 1:
             found["--update_in_backward"] = 0.9 * parts["gradients"]
         if self.same_device and parts["teacher weights"]:

@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from optim.adamw8bit import AdamW8bit
-from optim.masters import BETAS, EPS, MasterAdamW
-from utils import UserError
+from optim.masters import MasterAdamW
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -22,7 +21,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 def build_optimizer(
     name: str, module: nn.Module, *, lr: float, weight_decay: float, kernel: bool = False
 ) -> torch.optim.Optimizer:
-    """`adamw` (float32 masters and moments), `adamw8bit` (exact masters, 8-bit moments), `muon` or `flashadamw`."""
+    """`adamw` (float32 masters and moments), `adamw8bit` (exact masters, 8-bit moments) or `muon`."""
     if name == "muon":
         from optim.muon import Muon
 
@@ -30,13 +29,7 @@ def build_optimizer(
     groups = parameter_groups(module, weight_decay)
     if name == "adamw":
         return MasterAdamW(groups, lr=lr)
-    if name == "adamw8bit":
-        return AdamW8bit(groups, lr=lr, kernel=kernel)
-    try:
-        from optim.flash_adamw import ExactFlashAdamW
-    except ImportError as error:
-        raise UserError("--optimizer flashadamw needs a pytorch-optimizer that has FlashAdamW") from error
-    return ExactFlashAdamW(groups, lr=lr, betas=BETAS, eps=EPS)
+    return AdamW8bit(groups, lr=lr, kernel=kernel)
 
 
 def muon_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -47,11 +47,9 @@ def load_optimizer_state(
     if not same_kind:
         return
     now = optimizer.state_dict()
-    steps = [group["step"] for group in saved["param_groups"] if "step" in group]  # pytorch-optimizer counts there
-    groups = [{**group, "step": max(steps)} if steps else group for group in now["param_groups"]]
     kept = {name: saved[name] for name in now.keys() & saved.keys() - {"state", "param_groups"}}
     matched = {index: values for index, values in matched.items() if values}
-    optimizer.load_state_dict({**now, **kept, "state": matched, "param_groups": groups})
+    optimizer.load_state_dict({**now, **kept, "state": matched})
 
 
 def _by_name(saved: dict[str, Any], names: list[str], *, may_differ: bool) -> dict[int, dict[str, Any]]:
@@ -72,19 +70,9 @@ def _by_name(saved: dict[str, Any], names: list[str], *, may_differ: bool) -> di
 def fitted(weight: Tensor, values: dict[str, Any]) -> dict[str, Any]:
     """State for a parameter whose dtype has changed; a float32 `weight` takes the exact value of its master.
 
-    A bf16 weight that was float32 starts from its rounded value. Moments of flashadamw, whose form is the library's,
-    start anew.
+    A bf16 weight that was float32 starts from its rounded value.
     """
     values = dict(values)
-    if not values.keys() & {"exp_avg", "m", "momentum"}:  # flashadamw's
-        if weight.dtype == torch.float32 and "error_bits" in values:
-            from optim.flash_adamw import ExactFlashAdamW
-
-            narrow = weight.to(torch.bfloat16)
-            weight.copy_(
-                ExactFlashAdamW.get_param_fp32(narrow, {"error_bits": values["error_bits"].to(weight.device)})
-            )
-        return {}
     if weight.dtype == torch.float32:
         master, low = values.pop("master", None), values.pop("low", None)
         if master is not None:

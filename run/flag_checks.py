@@ -45,8 +45,6 @@ def validate(args: Arguments) -> None:
         raise UserError(
             "--update_in_backward --dtype float16: an overflow is found after other weights have moved; use bfloat16"
         )
-    if args.update_in_backward and args.optimizer == "flashadamw":
-        raise UserError("--update_in_backward --optimizer flashadamw cannot clip one tensor at a time; use adamw8bit")
     if args.document_reset and args.attn_implementation == "flash_attention_2" and args.batch_size > 1:
         raise UserError(
             f"--batch_size {args.batch_size}: flash_attention_2 keeps documents apart (--document_reset) only in a "

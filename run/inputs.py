@@ -122,8 +122,6 @@ def choose_parallel(args: Arguments, ranks: Ranks) -> str:
         return "none"
     if args.update_in_backward:
         raise UserError("--update_in_backward works on one rank; under torchrun use --parallel fsdp to save memory")
-    if args.optimizer == "flashadamw":
-        raise UserError("--optimizer flashadamw works on one rank; under torchrun use adamw8bit or adamw")
     if args.layer_weight and args.teacher_device:
         raise UserError("--layer_weight needs a teacher on every rank; leave --teacher_device out under torchrun")
     if args.optimizer == "muon" and args.parallel == "fsdp":

@@ -122,7 +122,6 @@ def test_home_is_expanded_where_the_shell_does_not(monkeypatch, tmp_path):
         (["--eval_interval", "5"], "--eval_dataset"),
         (["--update_in_backward", "--grad_accumulation_steps", "2"], "--grad_accumulation_steps 1"),
         (["--update_in_backward", "--dtype", "float16"], "--dtype float16.*use bfloat16"),
-        (["--update_in_backward", "--optimizer", "flashadamw"], "--optimizer flashadamw.*use adamw8bit"),
         (
             ["--document_reset", "--attn_implementation", "flash_attention_2", "--batch_size", "2"],
             "--batch_size 2: flash_attention_2 keeps documents apart",

@@ -43,7 +43,7 @@ def test_a_resumed_run_ends_with_the_same_float32_weights(checkpoint, whole, tin
     assert all(torch.equal(weight, ends[1][name]) for name, weight in ends[0].items())
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "muon", "flashadamw"])
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "muon"])
 def test_clipping_is_of_unscaled_gradients(name):
     """A scale is a power of 2: scaled gradients give the update, and the norm, of plain ones to the bit."""
     torch.manual_seed(0)
