@@ -1,7 +1,7 @@
 """How long a checkpoint blocks training, how long it takes in all, and what a start costs that verifies it.
 
-    python -m benchmarks.checkpoint --size 135m                       # CPU
-    python -m benchmarks.checkpoint --size 8b --device cuda --folder /fast/disk --saves 3
+    python -m benchmarks.checkpoint --preset smollm2                     # CPU
+    python -m benchmarks.checkpoint --preset 8b --device cuda --folder /fast/disk --saves 3
 
 Random weights in the shape of SmolLM2-135M or Llama-3.1-8B, with the state of a real optimizer after a step. The
 first save allocates the host's copies, later ones reuse them; `--freeze_mlp` shows what linked shards save. While
@@ -14,46 +14,24 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import torch
+from transformers import LlamaForCausalLM
 
-import torch  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
-
-from checkpoints.files import damage, gib  # noqa: E402
-from checkpoints.folder_checks import check_folder  # noqa: E402
-from checkpoints.host_copies import available_memory  # noqa: E402
-from checkpoints.run_state import read_trainer_state, rng_state  # noqa: E402
-from checkpoints.store import CheckpointStore  # noqa: E402
-from hardware.devices import default_dtype  # noqa: E402
-from optim.build import build_optimizer  # noqa: E402
-
-SIZES = {
-    "tiny": dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4),
-    "135m": dict(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    ),
-    "8b": dict(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-    ),
-}
+from benchmarks.presets import preset
+from checkpoints.files import damage, gib
+from checkpoints.folder_checks import check_folder
+from checkpoints.host_copies import available_memory
+from checkpoints.run_state import read_trainer_state, rng_state
+from checkpoints.store import CheckpointStore
+from hardware.devices import default_dtype
+from optim.build import build_optimizer
 
 
 def build(args: argparse.Namespace) -> tuple[LlamaForCausalLM, torch.optim.Optimizer]:
     """A model of random weights, and its optimizer with the state that a first step makes."""
     dtype = getattr(torch, args.dtype)
     with torch.device(args.device), default_dtype(dtype):
-        model = LlamaForCausalLM(LlamaConfig(**SIZES[args.size]))
+        model = LlamaForCausalLM(preset(args.preset).teacher)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not (args.freeze_mlp and ".mlp." in name))
     optimizer = build_optimizer(args.optimizer, model, lr=1e-5, weight_decay=0.1)
@@ -127,7 +105,7 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="135m")
+    parser.add_argument("--preset", choices=["8b", "1b", "smollm2", "tiny"], default="smollm2")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--optimizer", default="adamw8bit", choices=["adamw8bit", "adamw"])
@@ -137,7 +115,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="where to write (removed afterwards)")
     args = parser.parse_args()
     where = torch.cuda.get_device_name() if args.device != "cpu" else f"CPU, {os.cpu_count()} cores"
-    print(f"{args.size}, {args.dtype}, {args.optimizer}, {'MLPs frozen, ' if args.freeze_mlp else ''}{where}")
+    print(f"{args.preset}, {args.dtype}, {args.optimizer}, {'MLPs frozen, ' if args.freeze_mlp else ''}{where}")
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         measure(args, Path(folder) / "run")
 

@@ -9,53 +9,14 @@ call; the head gradient's own float32 buffer [vocabulary, hidden] is allocated b
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.timing import extra_peak, milliseconds, show
 from distill.losses import chunked_kd_loss, dense_kd_loss
-
-GIB = 2**30
-
-
-def milliseconds(run: Callable[[], Any], device: str, repeats: int, warmup: int = 3) -> float:
-    """Median time of `run` in ms."""
-    for _ in range(warmup):
-        run()
-    times = []
-    for _ in range(repeats):
-        if device == "cpu":
-            began = time.perf_counter()
-            run()
-            times.append((time.perf_counter() - began) * 1e3)
-            continue
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
-def extra_peak(run: Callable[[], Any], device: str) -> float | None:
-    """Peak memory in GiB that `run` adds to what is allocated already; None on the CPU, which does not count it."""
-    if device == "cpu":
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / GIB
-
-
-def show(row: dict[str, Any]) -> None:
-    print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
 
 
 class Problem:
@@ -117,7 +78,7 @@ class Problem:
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     problem = Problem(args.tokens, args.hidden, args.vocabulary, args.device)
-    compile = args.device != "cpu"
+    compile = args.device != "cpu"  # a GPU
     runs: dict[str, Callable[[], Any]] = {"four products alone": problem.products}
     runs["chunked, default"] = lambda: problem.chunked(None, compile)
     for chunk in args.chunks:
@@ -127,9 +88,9 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     runs["dense"] = problem.dense
     rows: list[dict[str, Any]] = []
     for name, run in runs.items():
-        took = milliseconds(run, args.device, args.repeats)
+        took = milliseconds(run, compile, args.repeats)
         problem.hidden.grad = problem.head.grad = None
-        rows.append({"way": name, "ms": took, "extra_gib": extra_peak(run, args.device)})
+        rows.append({"way": name, "ms": took, "extra_gib": extra_peak(run, compile)})
         show(rows[-1])
     if not args.no_errors:
         rows.append({"way": "chunked, default", **problem.errors(None, compile)})

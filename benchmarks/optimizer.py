@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.loss import extra_peak, milliseconds, show
+from benchmarks.timing import extra_peak, milliseconds, show
 from optim.build import build_optimizer, parameter_groups
 from optim.masters import BETAS
 from optim.step import clip_and_step, gradient_norm
@@ -64,10 +64,15 @@ def measure(way: str, args: argparse.Namespace) -> dict[str, Any]:
     dtype = torch.float32 if way == "torch_fp32" else torch.bfloat16
     module = build_parameters(args.preset, args.device, dtype)
     total = sum(p.numel() for p in module)
-    step, optimizer = build_step(way, module, kernel=args.device != "cpu")
+    cuda = args.device != "cpu"
+    step, optimizer = build_step(way, module, kernel=cuda)
     step()  # compiles, and makes the state
-    row: dict[str, Any] = {"way": way, "parameters": total, "ms": milliseconds(step, args.device, args.repeats)}
-    return row | {"bytes": state_bytes(optimizer) / total, "extra_gib": extra_peak(step, args.device)}
+    row: dict[str, Any] = {
+        "way": way,
+        "parameters": total,
+        "ms": milliseconds(step, cuda, args.repeats),
+    }
+    return row | {"bytes": state_bytes(optimizer) / total, "extra_gib": extra_peak(step, cuda)}
 
 
 def main() -> None:

@@ -1,21 +1,17 @@
 """The state-space operator alone: times, memory and errors, compiled and eager, for several chunk sizes.
 
 python -m benchmarks.ssd [--length 4096] [--heads 32] [--groups 32] [--state 64] [--width 128] [--chunks 64 128 256]
-                         [--operator FILE] [--profile] [--json FILE]
+                         [--profile] [--json FILE]
 
 Times are medians after warm-up, by CUDA events on a GPU and by the clock elsewhere. On a GPU each is taken twice:
 with the host far ahead of the device, as in the midst of a training step (forward_ms, both_ms), and from an idle
 device, where a chain of short kernels also waits for the host to launch them (.._from_idle_ms). Errors are relative,
 against the same operator in float64 (tests/models/test_state_space.py holds it against the recurrence), the worst of
-the output and of the five gradients. `--operator` measures another file's `ssd_chunked` beside ours.
+the output and of the five gradients.
 """
 
 import argparse
-import importlib.util
 import json
-import statistics
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,31 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.profiling import kernel_table
+from benchmarks.timing import milliseconds, show
 from models import state_space
-
-HEAD_START = 20_000_000  # clock ticks that the device sleeps while the host queues a run: about 10 ms
-
-
-def milliseconds(run: Callable[[], Any], cuda: bool, repeats: int, ahead: bool = False, warmup: int = 4) -> float:
-    """Median time of `run` in ms; ahead: all of it is queued before the device starts on it."""
-    for _ in range(warmup):
-        run()
-    times = []
-    for _ in range(repeats):
-        if cuda:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            if ahead:
-                torch.cuda._sleep(HEAD_START)
-            start.record()
-            run()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end))
-        else:
-            began = time.perf_counter()
-            run()
-            times.append(1000 * (time.perf_counter() - began))
-    return statistics.median(times)
 
 
 def relative_error(given: Tensor, wanted: Tensor) -> float:
@@ -87,23 +60,6 @@ def saved_gib(operator: Callable[..., Any], inputs: list[Tensor], chunk: int) ->
     return held / 2**30
 
 
-def operators(other: Path | None) -> dict[str, Callable[..., Any]]:
-    """Ours and, where one is named, another file's, each eager and compiled."""
-    found: dict[str, Callable[..., Any]] = {"ours": ours}
-    if other is not None:
-        spec = importlib.util.spec_from_file_location(other.stem, other)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[other.stem] = module  # the compiler looks functions up by their module's name
-        spec.loader.exec_module(module)
-        found[other.stem] = module.ssd_chunked
-    ways = {}
-    for name, function in found.items():
-        ways[f"{name}, eager"] = function
-        ways[f"{name}, compiled"] = torch.compile(function, dynamic=False)
-    return ways
-
-
 def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """One row a way and chunk size, printed as it comes."""
     dtype = getattr(torch, args.dtype)
@@ -113,7 +69,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, An
     wanted = results(ours, exact, upstream.double(), 128)
     del exact
     rows = []
-    for name, operator in operators(args.operator).items():
+    for name, operator in {"eager": ours, "compiled": torch.compile(ours, dynamic=False)}.items():
         for chunk in args.chunks:
             given = results(operator, inputs, upstream, chunk)
             error = max(relative_error(a, b) for a, b in zip(given, wanted, strict=True))
@@ -133,10 +89,9 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, An
                 row["forward_from_idle_ms"] = milliseconds(forward, cuda, args.repeats)
                 row["both_from_idle_ms"] = milliseconds(both, cuda, args.repeats)
                 row["saved_gib"] = saved_gib(operator, inputs, chunk)
-            shown = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items())
-            print("  ".join(shown), flush=True)
+            show(row)
             rows.append(row)
-            if args.profile and "compiled" in name:
+            if args.profile and name == "compiled":
                 print(kernel_table(both, cuda), flush=True)
     return rows
 
@@ -150,7 +105,6 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--operator", type=Path, help="a file with another ssd_chunked")
     parser.add_argument("--profile", action="store_true", help="kernels of forward and backward, compiled")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

@@ -15,7 +15,6 @@ step runs as one CUDA graph, which is one part, "backward" (--no_cuda_graphs sho
 import argparse
 import functools
 import gc
-import itertools
 import json
 import logging
 import os
@@ -28,23 +27,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 from arguments import Arguments, parse_arguments
 from benchmarks.presets import Preset, preset, step_flops
 from benchmarks.profiling import host_waits, kernel_table
+from benchmarks.timing import PARTS, Clock, matrix_ceiling
 from data import Batch
 from distill.losses import dense_kd_loss
 from hardware.devices import default_dtype
-from hardware.memory import MemoryEstimate
 from hardware.ranks import Ranks, launched
 from hardware.recomputation import set_activation_checkpointing
 from loop.forms import Progress, Stage
 from model_utils import apply_replacements, as_teacher, freeze, share_frozen_weights, transfer_teacher_weights
 from models import LlambaForCausalLM
 from optim.schedule import Phases
-from optim.update_in_backward import UpdateInBackward
 from run import build, inputs, stages
 from run.acceleration import accelerate, compiles, try_step
 from run.inputs import choose_parallel
@@ -53,36 +50,6 @@ from trainer import Services, run_stage
 
 GIB = 2**30
 RESET = "ours, --document_reset"
-PARTS = ("data", "teacher", "student", "loss", "backward", "optimizer")
-
-
-class Clock:
-    """Marks on the device's timeline; each names the part of the step that ends there."""
-
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
-        self.marks: list[tuple[str, Any]] = []
-
-    def mark(self, name: str) -> None:
-        if not self.cuda:
-            self.marks.append((name, time.perf_counter()))
-            return
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self.marks.append((name, event))
-
-    def steps(self) -> list[dict[str, float]]:
-        """Milliseconds of each part, a whole step a row."""
-        if self.cuda:
-            torch.cuda.synchronize()
-        rows: list[dict[str, float]] = []
-        row = dict.fromkeys(PARTS, 0.0)
-        for (_, before), (name, after) in itertools.pairwise(self.marks):
-            row[name] += before.elapsed_time(after) if self.cuda else 1000 * (after - before)
-            if name == "optimizer":
-                rows.append(row)
-                row = dict.fromkeys(PARTS, 0.0)
-        return rows
 
 
 class SyntheticLoader:
@@ -156,8 +123,6 @@ def ours(
     """The project's own stage, with marks between its parts; those of an alignment are one, "backward"."""
     models.text = SimpleNamespace(calibration_tokens=lambda _: loader.batches[0].tokens[:1, :-1])  # type: ignore[assignment]
     stage = stages.build_stage(args, name, models, loader, phases_of(args, steps), ranks, parallel)
-    if args.update_in_backward and not isinstance(stage.optimizer, UpdateInBackward):
-        stage.optimizer = UpdateInBackward(stage.optimizer, stage.grad_clip)  # type: ignore[assignment]
     mark, synchronise, average = clock.mark, stage.synchronise, stage.average_gradients
 
     def begin_micro_step(last: bool) -> None:
@@ -224,31 +189,31 @@ def phases_of(args: Arguments, steps: int) -> Phases:
     return Phases.of(steps, args.warmup_ratio, args.decay_ratio)
 
 
-def drive(stage: Stage, steps: int, log_interval: int) -> list[dict[str, Any]]:
+def drive(stage: Stage, steps: int) -> list[dict[str, Any]]:
     """Run `steps` optimizer steps through `run_stage`; returns the figures that it logged."""
     figures: list[dict[str, Any]] = []
     progress = Progress()
     progress.begin(stage.name, steps)
     stage.total_steps = steps
-    services = Services(
-        log_metrics=lambda _, values: figures.append(values), save=lambda *_: None, log_interval=log_interval
-    )
-    run_stage(stage, progress, services)
+    run_stage(stage, progress, Services(log_metrics=lambda _, values: figures.append(values), save=lambda *_: None))
     return figures
+
+
+def connect(args: Arguments, models: build.Models, modes: Any, ranks: Ranks) -> None:
+    """What a run does to a pair before its first step: speed, the teacher's place, a trial."""
+    accelerate(args, models, modes)
+    place(args, models, ranks)
+    try_step(args, models)
 
 
 def measure(bench: argparse.Namespace, args: Arguments, way: str, ceiling: float, ranks: Ranks) -> dict[str, Any]:
     """One configuration: build, first step, warm-up, timed steps."""
     began = time.perf_counter()
-    sizes = preset(bench.preset)
-    row: dict[str, Any] = {"way": way, "length": args.seq_length, "batch": args.batch_size}
-    device = torch.device(args.device)
-    cuda = device.type == "cuda"
+    sizes, device = preset(bench.preset), torch.device(args.device)
+    cuda, clock = device.type == "cuda", Clock(device)
+    parallel, estimate = "none", None
     if cuda:
         torch.cuda.set_device(device)
-    clock = Clock(device)
-    estimate: MemoryEstimate | None = None
-    parallel = "none"
     if way == "ours":
         free = torch.cuda.mem_get_info()[0] if cuda else None
         parallel = choose_parallel(args, ranks)
@@ -256,103 +221,71 @@ def measure(bench: argparse.Namespace, args: Arguments, way: str, ceiling: float
         print("estimate:", estimate.describe(), f"({time.perf_counter() - began:.1f} s)", flush=True)
     models = build_pair(args, sizes, share=way == "ours" and not args.teacher_device)
     flops = step_flops(models.teacher, models.student, args.seq_length)
-    row["build_s"] = time.perf_counter() - began
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
+    reset_peak(cuda)
     if estimate is not None:
-        accelerate(args, models, estimate.modes)
-        place(args, models, ranks)
-        try_step(args, models)
-        row["accelerate_s"] = time.perf_counter() - began - row["build_s"]
+        connect(args, models, estimate.modes, ranks)
     micro_steps = args.grad_accumulation_steps * (bench.warmup + bench.steps)
     loader = SyntheticLoader(args, sizes.teacher.vocab_size, micro_steps, clock)
     make = functools.partial(ours, name=bench.stage, parallel=parallel) if way == "ours" else plain
     stage = make(args, models, loader, bench.warmup + bench.steps, clock, ranks)
-    drive(stage, 1, 1)
-    row["first_step_s"] = time.perf_counter() - began
-    row["since_start_s"] = since_process_start()
+    drive(stage, 1)
+    row = {"first_step_s": time.perf_counter() - began, "since_start_s": since_process_start()}
+    drive(stage, bench.warmup)
     clock.marks.clear()
-    drive(stage, bench.warmup, bench.log_interval)
-    clock.marks.clear()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    figures = drive(stage, bench.steps, bench.log_interval)
+    reset_peak(cuda)
+    figures = drive(stage, bench.steps)
     clock.mark("optimizer")
-    times = clock.steps()
-    if len(times) > bench.steps - 1:
-        times = times[: bench.steps - 1]  # the last one ends with the stage
+    times = clock.steps()[: bench.steps - 1]  # the last one ends with the stage
+    row |= figures_of(args, times, figures, ranks) | {"compiled": way == "ours" and compiles(args)}
+    if stage.name == "stage1":  # an alignment's operations are not counted
+        row |= {"flops_per_token": flops, "share": flops * row["tokens_per_second"] / ceiling / ranks.world_size}
+    if cuda:
+        row["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
+        row["reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
+    if estimate is not None:
+        row |= {"estimate_gib": estimate.allocated / GIB, "estimate": estimate.describe()}
+    if bench.profile and way == "ours":
+        print(kernel_table(lambda: drive(stage, 1), cuda), flush=True)
+        print(host_waits(lambda: drive(stage, 3), cuda), flush=True)
+    return row
+
+
+def reset_peak(cuda: bool) -> None:
+    """Count the peak of memory from here on."""
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def figures_of(
+    args: Arguments, times: list[dict[str, float]], figures: list[dict[str, Any]], ranks: Ranks
+) -> dict[str, Any]:
+    """Medians over the timed steps, and what the loop logged in them."""
     step_ms = statistics.median(sum(parts.values()) for parts in times)
     tokens = args.seq_length * args.batch_size * args.grad_accumulation_steps * ranks.world_size
-    if stage.name == "stage1":  # an alignment's operations are not counted
-        row["flops_per_token"] = flops
-        row["share"] = flops * tokens / (step_ms / 1000) / ceiling / ranks.world_size
-    row |= {
+    return {
         "ranks": ranks.world_size,
         "tokens_per_second": 1000 * tokens / step_ms,
         "step_ms": step_ms,
         "parts_ms": {name: statistics.median(parts[name] for parts in times) for name in PARTS},
         "losses": [line["train/loss"] for line in figures],
         "bad_steps": figures[-1]["train/bad_steps"],
-        "compiled": way == "ours" and compiles(args),
     }
-    if cuda:
-        row["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
-        row["reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
-    if estimate is not None:
-        row["estimate_gib"] = estimate.allocated / GIB
-        row["estimate"] = estimate.describe()
-    if bench.profile and way == "ours":
-        print(kernel_table(lambda: drive(stage, 1, bench.log_interval), cuda), flush=True)
-        print(host_waits(lambda: drive(stage, 3, bench.log_interval), cuda), flush=True)
-    return row
 
 
 def attempt(bench: argparse.Namespace, args: Arguments, way: str, ceiling: float, ranks: Ranks) -> dict[str, Any]:
     """`measure`, with any failure in the row instead of the traceback, and the memory given back."""
+    row: dict[str, Any] = {"way": way, "length": args.seq_length, "batch": args.batch_size}
     try:
-        row = measure(bench, args, way, ceiling, ranks)
+        row |= measure(bench, args, way, ceiling, ranks)
     except Exception as error:
         logging.exception("%s, length %d, batch %d", way, args.seq_length, args.batch_size)
         message = " ".join(str(error).split())[:200]
-        row = {"way": way, "length": args.seq_length, "batch": args.batch_size}
         row["error"] = f"{type(error).__name__}: {message}"
-    give_back_memory()
-    return row
-
-
-def give_back_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def matrix_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product on random data: 8192^3 on a GPU, 512^3 elsewhere."""
-    size = 8192 if device.type == "cuda" else 512
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    clock = Clock(device)
-    for _ in range(5):
-        left @ right
-    for _ in range(21):
-        clock.mark("optimizer")
-        left @ right
-    clock.mark("optimizer")
-    return 2.0 * size**3 / (statistics.median(row["optimizer"] for row in clock.steps()) / 1000)
-
-
-@torch.no_grad()
-def fp8_distance(bench: argparse.Namespace, args: Arguments) -> float:
-    """KL(bf16 teacher || fp8 teacher), nats a token, on random weights and tokens: a check that fp8 runs."""
-    from hardware.fp8 import check_fp8, quantise_teacher_fp8
-
-    check_fp8(torch.device(args.device))
-    models = build_pair(args, preset(bench.preset), share=True)
-    tokens = torch.randint(0, models.teacher.config.vocab_size, (1, 512), device=models.device)
-    before = models.teacher(tokens, use_cache=False).logits.float().log_softmax(-1)
-    quantise_teacher_fp8(models.teacher)
-    after = models.teacher(tokens, use_cache=False).logits.float().log_softmax(-1)
-    return F.kl_div(after[0], before[0], log_target=True, reduction="batchmean").item()
+    return row
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -393,12 +326,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--batch_size", type=int, nargs="+", default=[1])
     parser.add_argument("--layers", nargs="+", default=None, help="layers to replace; the preset's if not given")
     parser.add_argument("--plain", action="store_true", help="also the plain way, in the same run")
-    parser.add_argument("--only_plain", action="store_true", help="the plain way alone")
     parser.add_argument("--stage", choices=["matrix", "hidden", "stage1"], default="stage1")
-    parser.add_argument("--update_in_backward", action="store_true")
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
-    parser.add_argument("--log_interval", type=int, default=1, help="steps a log line, as in train.py")
     parser.add_argument("--profile", action="store_true", help="kernel table of a step, and where the host waits")
     parser.add_argument("--json", type=Path, default=None, help="file to add a JSON line a configuration to")
     return parser.parse_known_args(argv)
@@ -423,18 +353,14 @@ def run(bench: argparse.Namespace, rest: list[str], ranks: Ranks) -> int:
     ceiling = matrix_ceiling(device, dtype)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}, {base.dtype}, ceiling {ceiling / 1e12:.2f} TFLOP/s", flush=True)
-    if base.teacher_fp8:
-        print(f"KL(bf16 || fp8 teacher) on random weights: {fp8_distance(bench, base):.2e} nats a token", flush=True)
-        give_back_memory()
-    ways = ["plain"] if bench.only_plain else ["ours", "plain"] if bench.plain else ["ours"]
-    ways += [RESET] if base.document_reset else []
+    ways = ["ours", *(["plain"] if bench.plain else []), *([RESET] if base.document_reset else [])]
     rows: list[dict[str, Any]] = []
     for length in bench.seq_length:
         for batch in bench.batch_size:
             for way in ways:
                 args = argparse.Namespace(**vars(base))
                 args.seq_length, args.batch_size = length, batch
-                args.update_in_backward, args.document_reset = bench.update_in_backward, way == RESET
+                args.document_reset = way == RESET
                 rows.append({**attempt(bench, args, "ours" if way == RESET else way, ceiling, ranks), "way": way})
                 row = {"preset": bench.preset, "device": name, "ceiling": ceiling, "flags": rest, **rows[-1]}
                 print(json.dumps(rows[-1]), flush=True)
