@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         return chunked_kd_loss(student(inputs, positions), head, theirs, head, labels, valid, grad_scale=scale)
 
     def sums(batch: Any) -> torch.Tensor:
-        return held_out.held_out_sums(step, own, head, batch, device)
+        return held_out.held_out_sums(step, own, head, batch.to(device))
 
     found = held_out.figures_of(sums, batches, bench.tokens)
     print(

@@ -31,7 +31,8 @@ def held_out_figures(
     student_loss, states = StudentLoss(student, head), OwnTeacher(teacher, device)
     was_training = student.training
     student.eval()
-    figures = figures_of(lambda batch: held_out_sums(student_loss, states, head, batch, device), batches, tokens)
+    there = (batch.to(device) for batch in batches)
+    figures = figures_of(lambda batch: held_out_sums(student_loss, states, head, batch), there, tokens)
     student.train(was_training)
     return figures
 
@@ -41,22 +42,20 @@ def held_out_sums(
     teacher_states: "TeacherStates",
     teacher_head: "torch.Tensor",
     batch: "Batch",
-    device: "torch.device",
 ) -> "torch.Tensor":
     """float64 [5] on the host: KL, agreement, the student's and the teacher's cross-entropy, tokens of a batch.
 
-    student_loss: a `distillation.StudentLoss`, also replicated or sharded.
+    student_loss: a `distillation.StudentLoss`, also replicated or sharded. The batch is on its device.
     """
     import torch
 
     from distill.losses import chunked_kd_loss
 
-    here = batch.to(device)
-    teacher_hidden = teacher_states.of(here)
-    one = torch.ones((), device=device)
-    terms = student_loss(here.inputs, here.labels, here.valid, here.position_ids, teacher_hidden, one)
+    teacher_hidden = teacher_states.of(batch)
+    one = torch.ones((), device=batch.tokens.device)
+    terms = student_loss(batch.inputs, batch.labels, batch.valid, batch.position_ids, teacher_hidden, one)
     options: dict[str, Any] = dict(kl_weight=0.0, ce_weight=1.0)
-    own = chunked_kd_loss(teacher_hidden, teacher_head, None, None, here.labels, here.valid, **options)
+    own = chunked_kd_loss(teacher_hidden, teacher_head, None, None, batch.labels, batch.valid, **options)
     row = (terms.kl_sum, terms.agree_sum, terms.ce_sum, own.ce_sum, terms.tokens)
     return torch.stack([value.double() for value in row]).cpu()
 

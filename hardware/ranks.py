@@ -173,8 +173,12 @@ def described(error: Exception, rank: int) -> str:
     """An error of a rank in one line; the first rank's mistakes of a user without its number."""
     if isinstance(error, UserError):
         return str(error) if rank == 0 else f"rank {rank}: {error}"
-    reason = str(error).strip().split("\n")[0]
-    return f"rank {rank}: {type(error).__name__}: {reason}"
+    return f"rank {rank}: {type(error).__name__}: {first_line(error)}"
+
+
+def first_line(error: BaseException) -> str:
+    """Of an error's message."""
+    return str(error).strip().split("\n")[0]
 
 
 @contextlib.contextmanager

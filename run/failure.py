@@ -37,11 +37,13 @@ def failure_status(error: Exception, begun: Beginning, advice: Callable[[], str]
     if isinstance(error, TooManyBadSteps | DataStreamLost | LockTaken | RankFailed | UntrainedTensors):
         begun.leave_together()
         own = error.__cause__ if isinstance(error, RankFailed) else None  # what failed on this rank
-        if own is not None and not isinstance(own, DataStreamLost | LockTaken | TooManyBadSteps):
+        if isinstance(own, Exception) and is_out_of_memory(own):
+            log.error(advice())
+        elif own is not None and not isinstance(own, DataStreamLost | LockTaken | TooManyBadSteps):
             log.error("what went wrong on this rank:", exc_info=own)
         saved = begun.store.folder.complete()
         log.error("stopped, %s: %s", "with a checkpoint" if saved else "before the first checkpoint", error)
-        return 4
+        return 3 if isinstance(own, Exception) and is_out_of_memory(own) else 4
     if not begun.ranks.alone and is_loss_of_rank(error):
         saved = begun.store.folder.complete()
         last = f"the last checkpoint is {saved[0].name if saved else 'none yet'}"

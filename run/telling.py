@@ -1,19 +1,24 @@
 """What a run says of itself on the way: log lines, held-out figures, figures of each layer, samples."""
 
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+from checkpoints.lock import LockTaken
 from data import Batch
 from evaluation.diagnostics import as_numbers, continuations, gradient_norms, layer_figures
 from evaluation.held_out import figures_of, held_out_sums
 from hardware.parallel import is_sharded, reshard
+from hardware.ranks import RankFailed, first_line
+from hub.hub_files import DataStreamLost
 from loop.forms import Progress, Stage
 from run.beginning import Beginning
 from run.pair import Models
 from run.signals import StopSignals
-from utils import format_line
+from utils import UserError, format_line
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Telling:
@@ -42,7 +47,7 @@ class Telling:
         """Every `--diagnostics_interval` steps: figures of each layer, before the update (`layers/...`)."""
         interval, step = self.args.diagnostics_interval, progress.optimizer_step + 1
         if interval and step % interval == 0:
-            self.ranks.together(lambda: self._diagnose(progress, stage, batch, step))
+            self._beside(lambda: self._diagnose(progress, stage, batch, step))
 
     def _diagnose(self, progress: Progress, stage: Stage, batch: Batch, step: int) -> None:
         student, teacher = self.models.student, self.models.teacher
@@ -57,7 +62,7 @@ class Telling:
         """Every `--sample_interval` steps: what student and teacher write, side by side."""
         interval, step = self.args.sample_interval, progress.optimizer_step
         if interval and step % interval == 0:
-            self.ranks.together(lambda: self._sample(step) if self.prompts and self.ranks.is_first else None)
+            self._beside(lambda: self._sample(step) if self.prompts and self.ranks.is_first else None)
 
     def _sample(self, step: int) -> None:
         models, prompts = self.models, self.prompts
@@ -73,19 +78,10 @@ class Telling:
 
     def evaluate(self, progress: Progress) -> dict[str, float]:
         """Held-out figures as `eval/...` (the teacher's own once); a new best KL makes a save due."""
-        args, models = self.args, self.models
-        assert models.teacher_states is not None and models.teacher_head is not None  # --eval_dataset needs them
-        ranks, pair = self.ranks, (models.student_loss, models.teacher_states, models.teacher_head)
-        batches = ranks.together(models.text.held_out_loader)
         try:
-            figures = figures_of(
-                lambda batch: ranks.sum(ranks.together(lambda: held_out_sums(*pair, batch, models.device))),
-                ranks.in_step(batches),
-                args.eval_tokens,
-                stop=lambda: self.ranks.agree(self.signals.stop_requested)[0],
-            )
+            figures = self._beside(self._held_out_figures)
         finally:  # else what is saved now, or a stage that begins, would have parameters that are thrown away
-            reshard(models.student_loss)
+            reshard(self.models.student_loss)
         if not figures:
             log.warning("the evaluation at step %d is left out: a signal asks to stop", progress.optimizer_step)
             return {}
@@ -95,3 +91,30 @@ class Telling:
         if figures["kl"] < progress.best.get("kl", float("inf")):
             progress.best = progress.evaluation
         return {"train/tokens": progress.tokens, **{f"eval/{name}": value for name, value in figures.items()}}
+
+    def _held_out_figures(self) -> dict[str, float]:
+        """All ranks agree before each forward pass, whose collectives wait for every one of them, and behind it."""
+        models, ranks = self.models, self.ranks
+        assert models.teacher_states is not None and models.teacher_head is not None  # --eval_dataset needs them
+        pair = models.student_loss, models.teacher_states, models.teacher_head
+        batches = ranks.together(models.text.held_out_loader)
+        return figures_of(
+            lambda batch: ranks.sum(ranks.together(lambda: held_out_sums(*pair, batch))),
+            ranks.in_step(batch.to(models.device) for batch in batches),
+            self.args.eval_tokens,
+            stop=lambda: ranks.agree(self.signals.stop_requested)[0],
+        )
+
+    def _beside(self, work: Callable[[], T]) -> T:
+        """Work beside training: what fails in it is a rank's failure, alone too, so that a checkpoint is saved.
+
+        A mistake of the user's is told as such.
+        """
+        if not self.ranks.alone:
+            return self.ranks.together(work)
+        try:
+            return work()
+        except (UserError, DataStreamLost, LockTaken):
+            raise
+        except Exception as error:
+            raise RankFailed(f"{type(error).__name__}: {first_line(error)}") from error

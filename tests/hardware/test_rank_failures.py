@@ -13,10 +13,10 @@ pytestmark = pytest.mark.slow
 WATCHED = 60.0  # seconds, as the README promises
 
 
-def fail(place, rank, at, flags, seconds=120):
-    """What `end_ranks` says of two ranks, of which one fails in a place the `at`-th time that it comes there."""
+def fail(place, rank, at, flags, seconds=120, ranks=2):
+    """What `end_ranks` says of ranks of which one fails in a place the `at`-th time that it comes there."""
     variables = {"FAIL_IN": place, "FAIL_RANK": str(rank), "FAIL_AT": str(at)}
-    return end_ranks(*start_ranks(2, flags, script="tests/helpers/train_with_failure.py", **variables), seconds)
+    return end_ranks(*start_ranks(ranks, flags, script="tests/helpers/train_with_failure.py", **variables), seconds)
 
 
 def run_flags(tiny_teacher, sources, folder, **changes):
@@ -36,6 +36,7 @@ def newest(folder):
     [
         ("held-out text", 3, 1, "fsdp"),  # looked at with the other inputs, and used before the first step
         ("held-out batch", 4, 1, "fsdp"),  # in mid-evaluation, when root and head are whole on every rank
+        ("held-out batch on its device", 4, 1, "fsdp"),
         ("training text", 25, 1, "ddp"),
         ("evaluation", 20, 1, "ddp"),
         ("evaluation", 20, 0, "ddp"),
@@ -52,6 +53,16 @@ def test_all_ranks_end_together_with_a_checkpoint(place, at, rank, way, tiny_tea
     assert statuses == [4, 4], output[-3000:]
     assert apart < WATCHED
     assert f"stopped, with a checkpoint: rank {rank}: ValueError: made to fail" in output
+    assert newest(tmp_path) == runs.losses(tmp_path)[-1][0] > 0
+
+
+@pytest.mark.parametrize(
+    "place, at", [("evaluation", 20), ("held-out batch", 4), ("layer figures", 1), ("samples", 1)]
+)
+def test_one_process_ends_with_a_checkpoint_as_well(place, at, tiny_teacher, sources, tmp_path):
+    statuses, _, output = fail(place, 0, at, run_flags(tiny_teacher, sources, tmp_path), ranks=1)
+    assert statuses == [4], output[-3000:]
+    assert "stopped, with a checkpoint: ValueError: made to fail" in output
     assert newest(tmp_path) == runs.losses(tmp_path)[-1][0] > 0
 
 

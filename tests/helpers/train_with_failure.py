@@ -26,13 +26,13 @@ PLACES = {  # name of a place: the function that fails there
 }
 
 
-def failing(work):
+def failing(work, at=1):
     count = 0
 
     def call(*args, **options):
         nonlocal count
         count += 1
-        if count == int(os.environ.get("FAIL_AT", 1)):
+        if count == at:
             raise ValueError("made to fail")
         return work(*args, **options)
 
@@ -40,42 +40,45 @@ def failing(work):
 
 
 class FailsAtItsSecondBatch:
-    """Held-out batches, the second of which cannot be had."""
+    """Held-out batches, the second of which cannot be had, or not be brought to a device."""
 
-    def __init__(self, batches):
-        self.batches = batches
+    def __init__(self, batches, to_device):
+        self.batches, self.to_device = batches, to_device
 
     def __iter__(self):
         for index, batch in enumerate(self.batches):
-            if index == 1:
+            if index == 1 and not self.to_device:
                 raise ValueError("made to fail")
+            if index == 1:
+                batch.to = failing(batch.to)
             yield batch
 
 
-def fail_within_an_evaluation() -> None:
+def fail_within_an_evaluation(to_device: bool) -> None:
     from run.text import RunText
 
     whole, opened = RunText.held_out_loader, []
 
     def loader(self):
         opened.append(whole(self))
-        return FailsAtItsSecondBatch(opened[-1]) if len(opened) == int(os.environ["FAIL_AT"]) else opened[-1]
+        fails = len(opened) == int(os.environ["FAIL_AT"])
+        return FailsAtItsSecondBatch(opened[-1], to_device) if fails else opened[-1]
 
     RunText.held_out_loader = loader
 
 
 def patch(place: str) -> None:
-    if place == "held-out batch":
-        fail_within_an_evaluation()
+    if place.startswith("held-out batch"):
+        fail_within_an_evaluation(to_device=place.endswith("on its device"))
         return
     module, _, names = PLACES[place].partition(":")
     owner = importlib.import_module(module)
     *path, name = names.split(".")
     for part in path:
         owner = getattr(owner, part)
-    setattr(owner, name, failing(getattr(owner, name)))
+    setattr(owner, name, failing(getattr(owner, name), int(os.environ.get("FAIL_AT", 1))))
 
 
-if os.environ["RANK"] == os.environ["FAIL_RANK"]:
+if os.environ.get("RANK", "0") == os.environ["FAIL_RANK"]:
     patch(os.environ["FAIL_IN"])
 sys.exit(train.main())
