@@ -174,10 +174,15 @@ def own_rows(parameter: DTensor) -> tuple[int, int]:
     return min(parameter.device_mesh.get_local_rank() * each, parameter.shape[0]), rows
 
 
+def rows_of(parameter: Tensor, whole: Tensor) -> Tensor:
+    """Of a tensor of a parameter's shape what this rank's shard of the parameter holds: all, or some rows."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    first, rows = own_rows(parameter)
+    return whole[first : first + rows]
+
+
 def copy_rows(parameter: Tensor, whole: Tensor) -> None:
     """Write a whole tensor into a parameter, or this rank's rows of it into its shard."""
-    if not isinstance(parameter, DTensor):
-        parameter.copy_(whole)
-        return
-    first, rows = own_rows(parameter)
-    parameter.to_local().copy_(whole[first : first + rows])
+    own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    own.copy_(rows_of(parameter, whole))

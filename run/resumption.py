@@ -12,7 +12,7 @@ from hardware.parallel import copy_rows, is_sharded
 from hardware.ranks import Ranks
 from loop.forms import Progress, Stage
 from models import LlambaForCausalLM
-from optim.saved_state import load_optimizer_state
+from optim.saved_state import join_saved_masters, load_optimizer_state, own_memory
 from optim.schedule import Phases
 from optim.stretch import last_step
 from run.plan import sequences_a_step, stage_lengths
@@ -91,12 +91,14 @@ class Resumption:
     def put_back(self, stage: Stage, student: LlambaForCausalLM) -> None:
         """Weights, optimizer, loss scale, text and random generators as they were, onto the first stage that runs.
 
-        At the end of the stage before it only weights (a file may hold them rounded) and random generators are.
+        At the end of the stage before it only weights (a file may hold them rounded, in a narrower --dtype too) and
+        random generators are.
         """
         state, self.state = self.state, {}
         if not state:
             return
         restore_weights(student, state["weights"])
+        join_saved_masters(student, state["optimizer"])
         set_rng_state(state["rng"])
         if stage.name != self.interrupted:
             return
@@ -119,13 +121,8 @@ class Resumption:
 
 @torch.no_grad()
 def restore_weights(student: LlambaForCausalLM, weights: dict[str, torch.Tensor]) -> None:
-    """Write whole tensors into a student's parameters, or each rank's rows of them into its shards.
-
-    A frozen one may be the teacher's own memory: it gets its own before it is written to.
-    """
+    """Write whole tensors into a student's parameters, or each rank's rows of them into its shards."""
     named = dict(student.named_parameters())
     for name, value in weights.items():
-        parameter = named[name]
-        if not parameter.requires_grad and type(parameter) is torch.nn.Parameter:
-            parameter.data = parameter.data.clone()
-        copy_rows(parameter, value)
+        own_memory(named[name])
+        copy_rows(named[name], value)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from optim.build import build_optimizer
-from optim.saved_state import load_optimizer_state, named_state
+from optim.saved_state import join_saved_masters, load_optimizer_state, named_state
 from utils import UserError
 
 
@@ -45,6 +45,7 @@ def taken_over(name, dtype, old_model, saved, *, same_kind=True, same_dtype=Fals
     """(model, optimizer) with a checkpoint's weights, cast as loading does, and its optimizer state."""
     model, optimizer = make(name, dtype, **options)
     model.load_state_dict(old_model.state_dict())
+    join_saved_masters(model, saved)
     flags = dict(same_kind=same_kind, same_dtype=same_dtype, sharded=False)
     load_optimizer_state(optimizer, saved, model, **flags)
     return model, optimizer
@@ -57,6 +58,18 @@ def test_a_wider_dtype_starts_from_the_exact_masters(name):
     for key, master in exact(old, before).items():
         assert torch.equal(dict(model.named_parameters())[key], master)
         assert not torch.equal(dict(old.named_parameters())[key].float(), master)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "muon", "flashadamw"])
+def test_what_is_frozen_from_then_on_takes_its_master_too(name):
+    """Without writing to the memory that a frozen parameter may share with the teacher."""
+    old, before, saved = saved_after(name, torch.bfloat16)
+    model, _ = make(name, torch.float32, frozen=["first"])
+    model.load_state_dict(old.state_dict())
+    shared = model["first"].weight.data
+    join_saved_masters(model, saved)
+    assert torch.equal(shared, old["first"].weight.float()) and not torch.equal(shared, model["first"].weight)
+    assert all(torch.equal(p, exact(old, before)[key]) for key, p in model.named_parameters())
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
@@ -118,3 +131,5 @@ def test_state_without_names_goes_by_order_and_only_where_that_is_certain():
     assert all(torch.equal(ours[key], value) for key, value in exact(old, before).items())
     with pytest.raises(UserError, match="before names of parameters were kept"):
         taken_over("adamw", torch.bfloat16, old, saved, same_dtype=True, frozen=["first"])
+    with pytest.raises(UserError, match="--dtype"):
+        taken_over("adamw", torch.float32, old, saved)

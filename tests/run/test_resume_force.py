@@ -73,14 +73,26 @@ def moved(output, checkpoint, source):
     return {name for name in before if not torch.equal(before[name].float(), after[name].float())}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_wider_dtype_goes_on_from_the_joined_masters(go_on, ended, dtype):
-    """Every tensor trains, and the first step starts from the exact masters, not from the bf16 weights."""
-    saved = read_trainer_state(ended / "checkpoint-6")["optimizer"]
-    output, status, text = go_on(dtype=dtype, max_lr="1e-12", min_lr="1e-12", weight_decay=0)
+WIDER = {  # checkpoint, other changes
+    "float32": ("checkpoint-6", dict(dtype="float32")),
+    "float16": ("checkpoint-6", dict(dtype="float16")),
+    "a part frozen at once": ("checkpoint-6", dict(dtype="float32", freeze_mlp=True)),
+    "another optimizer at once": ("checkpoint-6", dict(dtype="float32", optimizer="muon", freeze_embeddings=True)),
+    "a stage's end": ("checkpoint-12", dict(dtype="float32")),
+    "a stage's end in float16": ("checkpoint-12", dict(dtype="float16", freeze_mlp=True)),
+}
+
+
+@pytest.mark.parametrize("case", WIDER)
+def test_a_wider_dtype_goes_on_from_the_joined_masters(go_on, ended, case):
+    """The next step starts from the exact masters, not from the bf16 weights, also where it does not train."""
+    checkpoint, changes = WIDER[case]
+    saved = read_trainer_state(ended / checkpoint)["optimizer"]
+    output, status, text = go_on(checkpoint, **changes, max_lr="1e-12", min_lr="1e-12", weight_decay=0)
     assert status == 0, text
-    exact = read_trainer_state(output / "checkpoint-12")["weights"] if dtype == "float16" else {}
-    after, before = {**runs.weights(output / "checkpoint-12"), **exact}, runs.weights(ended / "checkpoint-6")
+    end = output / max((path.name for path in output.glob("checkpoint-*")), key=lambda name: int(name[11:]))
+    exact = read_trainer_state(end)["weights"] if changes["dtype"] == "float16" else {}
+    after, before = {**runs.weights(end), **exact}, runs.weights(ended / checkpoint)
     checked = 0
     for index, name in enumerate(saved["names"]):
         state = saved["state"][index]
