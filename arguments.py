@@ -22,6 +22,15 @@ class NotGivenName(str):
     """A name that no flag gave."""
 
 
+class NotGivenNumber(int):
+    """A number that no flag gave."""
+
+
+def is_given(value: object) -> bool:
+    """False for a default that tells itself from the same value given, and for a switch that is off."""
+    return not isinstance(value, NotGiven | NotGivenName | NotGivenNumber) and value is not False
+
+
 DEFAULT_LAYERS = NotGiven([10, 14, 17, 30])  # Llama 3.1 8B has 32
 DEFAULT_SUBSET = NotGivenName("CC-MAIN-2014-49")
 
@@ -42,9 +51,11 @@ class ModelsFlags:
         parse=layer,
         nargs="+",
     )
-    expand: int = flag(1, "from_teacher: mixer heads for each attention head, at most 4", parse=whole(1, 4))
+    expand: int = flag(
+        NotGivenNumber(1), "from_teacher: mixer heads for each attention head, at most 4", parse=whole(1, 4)
+    )
     mixer: str = flag(
-        "llamba",
+        NotGivenName("llamba"),
         "from_teacher: llamba, as published; or mamba2, which scales by a step size, as engines serve it",
         choices=["llamba", "mamba2"],
     )

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from arguments import Arguments
-from utils import FROM_TEACHER, UserError, auto_layers, check_folder_writable
+from utils import UserError, auto_layers, check_folder_writable
 
 
 def validate(args: Arguments) -> None:
@@ -23,14 +23,6 @@ def validate(args: Arguments) -> None:
     for flag, used in (("max_lr", True), ("matrix_lr", args.matrix_tokens), ("hidden_lr", args.hidden_tokens)):
         if used and args.min_lr > getattr(args, flag):
             raise UserError(f"--min_lr {args.min_lr:g} is above --{flag} {getattr(args, flag):g}; lower it")
-    own = {
-        f"--expand {args.expand}": args.expand > 1,
-        f"--mixer {args.mixer}": args.mixer != "llamba",
-        "--no_z_bias": args.no_z_bias,
-    }
-    if args.student_model != FROM_TEACHER and any(own.values()):
-        given = next(name for name, is_given in own.items() if is_given)
-        raise UserError(f"{given} needs --student_model from_teacher: other students have mixers of their own")
     if auto_layers(args.layers) is not None and len(args.layers) > 1:
         raise UserError(f"--layers {' '.join(map(str, args.layers))}: auto:K stands alone; leave the others out")
     if args.choice_dataset and auto_layers(args.layers) is None:

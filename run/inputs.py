@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from arguments import Arguments, NotGiven
+from arguments import Arguments
 from checkpoints.origins import Origins
 from distill.initialization import student_config
 from hardware.devices import check_device
@@ -21,6 +21,7 @@ from model_utils import check_layers, check_pair, check_teacher_config, get_toke
 from models import LlambaConfig
 from run.acceleration import step_settings
 from run.plan import mixer_options
+from run.student_flags import settle_flags
 from run.text import RunText
 from utils import FROM_TEACHER, UserError
 
@@ -80,8 +81,8 @@ def check_inputs(
     else:
         student = load_config(student_source, config_class=LlambaConfig, local_files_only=True, revision=found)
         check_pair(student, teacher, student_source)
-    if student_source == args.student_model:  # else it is a checkpoint that the run goes on from
-        args.layers = settle_layers(args.layers, student, student_source)
+        if student_source == args.student_model:  # else it is a checkpoint that the run goes on from
+            settle_flags(args, student, teacher, student_source)
     check_layers(args.layers, teacher.num_hidden_layers)
     need = teacher_need(args, names, fresh=not is_distilled(student))
     parallel, estimate = choose_parallel(args, ranks), None
@@ -93,24 +94,6 @@ def check_inputs(
         log.info("%d ranks, %s", ranks.world_size, "replicated" if parallel == "ddp" else "sharded")
     text = RunText(args, get_tokenizer(args.teacher_model, **local), ranks, origins)
     return Inputs(text, estimate, need, parallel, names)
-
-
-def settle_layers(layers: list[int | str], student: LlambaConfig, source: str) -> list[int | str]:
-    """`--layers`; where it is not given and the student is distilled, the student's own.
-
-    Raises `UserError` for layers that a distilled student does not have: its layers are what they are.
-    """
-    if not is_distilled(student):
-        return layers
-    own = sorted(student.attention_layers)
-    if isinstance(layers, NotGiven):
-        return list(own)
-    if {i for i in layers if isinstance(i, str) or i >= 0} != set(own):
-        raise UserError(
-            f"--layers {' '.join(map(str, layers))}: {source} is a distilled student, whose attention layers are "
-            f"{' '.join(map(str, own)) or 'none'}; leave --layers out"
-        )
-    return layers
 
 
 def choose_parallel(args: Arguments, ranks: Ranks) -> str:

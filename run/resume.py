@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from arguments import RESULT_FLAGS, NotGiven, build_parser
+from arguments import RESULT_FLAGS, build_parser, is_given
 from checkpoints.files import TRAINER_STATE, damage
 from checkpoints.origins import flags_as_made
 from checkpoints.run_folder import CHECKPOINT
@@ -22,6 +22,7 @@ from loop.forms import Progress
 from optim.schedule import Phases
 from run.plan import Length, sequences_a_step, stage_lengths
 from run.resume_rules import COOLDOWN_FLAGS, LENGTH_FLAGS, RULES, STAGES, UNKNOWN, Rule
+from run.student_flags import STUDENT_FLAGS, named_layers
 from utils import UserError, auto_layers, mask_secrets
 
 log = logging.getLogger(__name__)
@@ -140,9 +141,10 @@ def changed_flags(
 
 def _means_the_same(name: str, saved: Flags, current: Flags, layers: list[int] | None) -> bool:
     """True where another value changes nothing: a length that is not used, layers that are not given or the same."""
+    if name in STUDENT_FLAGS and not is_given(current[name]):
+        return True
     if name == "layers":
-        given = {i for i in current[name] if isinstance(i, str) or i >= 0}
-        return isinstance(current[name], NotGiven) or (layers is not None and given == set(layers))
+        return layers is not None and named_layers(current[name]) == set(layers)
     if name in ("choice_dataset", "choice_tokens"):
         return auto_layers(saved["layers"]) is None
     if name == "max_steps":

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from arguments import Arguments, NotGiven
+from arguments import Arguments
 from checkpoints.run_state import read_metadata, read_trainer_state, set_rng_state
 from hardware.parallel import copy_rows, is_sharded
 from hardware.ranks import Ranks
@@ -18,6 +18,7 @@ from optim.stretch import last_step
 from run.plan import sequences_a_step, stage_lengths
 from run.resume import Standing, Start
 from run.resumed_schedule import resumed_schedule
+from run.student_flags import keep_flags
 from run.text import RunText
 from utils import UserError
 
@@ -35,8 +36,7 @@ class Resumption:
         self.state: dict[str, Any] = {}
         self._schedule: tuple[Phases, list[list[int]]] | None = None
         self.progress = Progress()
-        if isinstance(args.layers, NotGiven):
-            args.layers = self.standing.flags["layers"]
+        keep_flags(args, self.standing.flags)
         if not start.finished:
             self.state = read_trainer_state(start.folder)
             self.progress = replace(self.standing.progress, loader=self.state["loader"])

@@ -60,7 +60,7 @@ def test_a_wider_dtype_starts_from_the_exact_masters(name):
         assert not torch.equal(dict(old.named_parameters())[key].float(), master)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "muon", "flashadamw"])
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "muon"])
 def test_what_is_frozen_from_then_on_takes_its_master_too(name):
     """Without writing to the memory that a frozen parameter may share with the teacher."""
     old, before, saved = saved_after(name, torch.bfloat16)

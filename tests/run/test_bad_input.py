@@ -55,10 +55,6 @@ FLAG_CASES = {
     "more layers to choose than there are": (dict(layers="auto:99"), "--layers auto:99: the teacher has 4 layers"),
     "no head at all": (dict(expand=0), "--expand: '0' is not a whole number of at least 1"),
     "more heads than have a memory": (dict(expand=5), "--expand: '5' is above 4"),
-    "a published student's sizes": (
-        dict(expand=2, student_model="org/student"),
-        "--expand 2 needs --student_model from_teacher",
-    ),
     "a choice beside layers": (dict(layers=["auto:2", 1]), "--layers auto:2 1: auto:K stands alone"),
     "sequence too long": (dict(seq_length=4096), "--seq_length 4096: the teacher has 2048 positions"),
     "unknown flag": (dict(learning_rate=1), "unrecognized arguments: --learning_rate"),

@@ -65,7 +65,8 @@ SEVERAL = ["ddp", "fsdp", "host"]
 REFUSED: list[dict[str, list[Any]]] = [
     {"kl_weight": [0.0], "ce_weight": [0.0]},
     {"kl_weight": [0.0], "layer_weight": [1.0]},
-    {"expand": [2], "student_model": ["llamba", "distilled"]},
+    {"expand": [2], "student_model": ["distilled"]},
+    {"expand": [1], "student_model": ["llamba"]},
     {"mixer": ["mamba2"], "student_model": ["llamba", "distilled"]},
     {"no_z_bias": [True], "student_model": ["llamba", "distilled"]},
     {"update_in_backward": [True], "grad_accumulation_steps": [2]},
