@@ -181,10 +181,10 @@ class LoggingFlags:
     log_interval: int = flag(1, "optimizer steps a log line", parse=whole(1))
     log_file: str | None = flag(None, "file for the log, beside the terminal", parse=os.path.expanduser)
     wandb: bool = flag(False, "report to Weights & Biases")
-    wandb_project: str = flag("llamba-distill", "W&B project")
+    wandb_project: str = flag(NotGivenName("llamba-distill"), "W&B project")
     wandb_run_name: str | None = flag(None, "W&B run name")
     wandb_entity: str | None = flag(None, "W&B entity")
-    wandb_mode: str = flag("online", "W&B mode", choices=["online", "offline", "disabled"])
+    wandb_mode: str = flag(NotGivenName("online"), "W&B mode", choices=["online", "offline", "disabled"])
 
 
 @dataclass

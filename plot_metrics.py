@@ -4,12 +4,13 @@ python plot_metrics.py RUN [RUN ...] --output comparison.png [--x tokens|step]
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from run.metrics_file import read_metrics
 
 PANELS = (
     ("train/loss", "loss (each stage its own)", "log"),
@@ -29,23 +30,6 @@ PANELS = (
 )
 SMOOTHING_POINTS = 100  # a line with more points than this also gets a running mean
 Line = tuple[list[float], list[float]]
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl file or of a run's folder.
-
-    A line that was cut off, by a kill at the end or by a full disk in the middle, is passed over.
-    """
-    file = path / "metrics.jsonl" if path.is_dir() else path
-    rows = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "step" in row:
-            rows.append(row)
-    return rows
 
 
 def mean(values: Sequence[float]) -> float:

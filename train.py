@@ -122,6 +122,9 @@ def distill(args: Arguments, ranks: "Ranks") -> int:
             session.saving.save_final()
         except Exception as error:
             return failure_status(error, begun, advice)
+        except SystemExit as left:  # a signal before the first step
+            begun.status = int(left.code or 0)
+            raise
         finally:
             begun.close()
         log.info("finished: %s", Path(args.output_dir) / "final")

@@ -163,7 +163,7 @@ def from_metrics(folder: Path) -> dict[str, Any]:
 
     tokens/s is the median of the stage's log lines after the first, which compiles.
     """
-    from plot_metrics import read_metrics
+    from run.metrics_file import read_metrics
 
     rows = read_metrics(folder)
     trained = [row for row in rows if "train/tokens_per_second" in row]

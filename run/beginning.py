@@ -18,7 +18,7 @@ from run.resume import Start, choose_start
 from run.resumption import Resumption
 from run.text import RunText
 from run.tracking import Tracker
-from utils import UserError, mask_secrets
+from utils import UserError
 
 log = logging.getLogger(__name__)
 
@@ -35,25 +35,15 @@ class Beginning:
         self.finished = start is not None and start.finished
         self.resumed = Resumption(start, args, ranks) if start is not None else None
         self.origins = Origins()
-        wandb_id: str | None = None
         if self.resumed is not None:
             self.progress = self.resumed.progress
             metadata = self.resumed.standing.metadata
             self.origins = Origins.recorded(metadata, vars(args), self.resumed.state.get("loader"))
-            wandb_id = metadata.get("wandb_run_id")
         self.prompts = read_prompts(args.sample_prompts) if args.sample_prompts else PROMPTS
-        self.tracker = Tracker(
-            self.output_dir,
-            wandb_enabled=args.wandb and not self.finished,
-            config=mask_secrets(vars(args)),
-            project=args.wandb_project,
-            run_name=args.wandb_run_name,
-            entity=args.wandb_entity,
-            mode=args.wandb_mode,
-            run_id=wandb_id,
-            main_process=ranks.is_first,
-            held=lock.held,
-        )
+        self.status = 0  # the run's exit status, as far as is known
+        self.tracker = Tracker(self.output_dir, main_process=ranks.is_first, held=lock.held)
+        if self.resumed is not None:
+            self.tracker.wandb_id = self.resumed.standing.metadata.get("wandb_run_id")
         if not self.finished:
             self.tracker.truncate_after(self.progress.optimizer_step if self.resumed else -1)
 
@@ -101,4 +91,4 @@ class Beginning:
     def close(self) -> None:
         """Wait for the checkpoint in flight and close the tracker."""
         self.store.wait()
-        self.tracker.close()
+        self.tracker.close(self.status)

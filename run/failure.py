@@ -15,6 +15,7 @@ from model_utils import load_config
 from run.acceleration import step_settings
 from run.beginning import Beginning
 from run.pair import Models
+from utils import UserError
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +25,18 @@ RANK_LOST = 5  # exit status
 def failure_status(error: Exception, begun: Beginning, advice: Callable[[], str]) -> int:
     """One line for what a run cannot go on from, and its exit status; anything unexpected is raised again.
 
-    advice: the line for a run that is out of memory, `memory_advice` with what is known by then.
+    advice: the line for a run that is out of memory, `memory_advice` with what is known by then. W&B gets an alert,
+    and `begun.status` for its end.
     """
+    begun.status = 2 if isinstance(error, UserError) else 1
+    try:
+        begun.status = _status(error, begun, advice)
+    finally:
+        begun.tracker.alert(f"stopped with exit status {begun.status}", str(error), level="ERROR")
+    return begun.status
+
+
+def _status(error: Exception, begun: Beginning, advice: Callable[[], str]) -> int:
     if isinstance(error, SharedMistake):
         begun.leave_together()
         raise error

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from arguments import Arguments
+from run.wandb_run import wandb_settings
 from utils import UserError, auto_layers, check_folder_writable
 
 
@@ -61,8 +62,7 @@ def _check_packages(args: Arguments) -> None:
         return
     if importlib.util.find_spec("wandb") is None:
         raise UserError("--wandb: the package wandb is not installed (pip install wandb)")
-    mode = os.environ.get("WANDB_MODE", args.wandb_mode)
-    if mode == "online" and not wandb_login():
+    if wandb_settings(args)["mode"] == "online" and not wandb_login():
         raise UserError("--wandb_mode online: not logged in; run 'wandb login' or use --wandb_mode offline")
 
 

@@ -94,7 +94,7 @@ class Saving:
             "ranks": self.ranks.world_size,
             "versions": library_versions(),
             **self.origins.as_metadata(),
-            "wandb_run_id": self.tracker.run_id,
+            "wandb_run_id": self.tracker.wandb_id,
         }
         self.store.save(
             name,

@@ -15,8 +15,10 @@ from run.pair import Models
 from run.saving import Saving
 from run.signals import StopSignals
 from run.telling import Telling
+from run.wandb_run import wandb_settings
 from text.row_readers import BadData
 from trainer import Services
+from utils import mask_secrets
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +32,9 @@ class Session:
         self.saving, self.telling = Saving(begun, models), Telling(begun, signals, models)
 
     def begin(self) -> None:
-        """Tell W&B the sizes, and take the held-out figures before the first step."""
+        """Start W&B, tell it the sizes, and take the held-out figures before the first step."""
+        if self.args.wandb:
+            self.begun.tracker.start_wandb(mask_secrets(vars(self.args)), **wandb_settings(self.args))
         parameters = list(self.models.student.parameters())
         trainable = sum(p.numel() for p in parameters if p.requires_grad)
         frozen = sum(p.numel() for p in parameters) - trainable
@@ -92,4 +96,5 @@ class Session:
     def stopped(self) -> int:
         """The exit status after a signal, once the checkpoint is written: when one rank leaves, all are ended."""
         self.begun.store.wait()
-        return max(self.ranks.gather(self.signals.exit_code))
+        self.begun.status = max(self.ranks.gather(self.signals.exit_code))
+        return self.begun.status

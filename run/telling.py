@@ -28,12 +28,14 @@ class Telling:
         self.args, self.ranks, self.signals, self.models = begun.args, begun.ranks, signals, models
         self.tracker, self.prompts = begun.tracker, begun.prompts
         self.teachers_samples: list[str] = []
+        self.bad_steps = begun.progress.bad_steps
 
     def log_metrics(self, step: int, figures: dict[str, Any]) -> None:
         if not figures:  # of an evaluation that was cut short
             return
         if "train/loss" in figures:
             log.info(format_line(figures))
+            self._tell_skipped(step, figures.get("train/bad_steps", 0))
         elif "eval/kl" in figures:
             log.info(
                 "held out: KL %.4f, top-1 %.1f%%, perplexity ratio %.3f",
@@ -42,6 +44,11 @@ class Telling:
                 figures["eval/perplexity_ratio"],
             )
         self.tracker.log(figures, step=step)
+
+    def _tell_skipped(self, step: int, bad_steps: int) -> None:
+        if bad_steps > self.bad_steps:
+            self.tracker.alert("updates were skipped", f"{bad_steps} by step {step}: non-finite loss or gradient")
+        self.bad_steps = bad_steps
 
     def diagnose(self, progress: Progress, stage: Stage, batch: Batch) -> None:
         """Every `--diagnostics_interval` steps: figures of each layer, before the update (`layers/...`)."""
@@ -89,6 +96,8 @@ class Telling:
             del figures["teacher_perplexity"]
         progress.evaluation = {**progress.evaluation, **figures, "step": progress.optimizer_step}
         if figures["kl"] < progress.best.get("kl", float("inf")):
+            if progress.best:
+                self.tracker.alert("new best", f"held-out KL {figures['kl']:.4f} at step {progress.optimizer_step}")
             progress.best = progress.evaluation
         return {"train/tokens": progress.tokens, **{f"eval/{name}": value for name, value in figures.items()}}
 

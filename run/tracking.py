@@ -3,13 +3,14 @@
 import json
 import logging
 import math
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from utils import SAMPLES, mask_secrets, write_whole
+from run.metrics_file import read_metrics
+from run.wandb_run import WandbRun, start_wandb
+from utils import SAMPLES, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -41,35 +42,31 @@ class ProgressBar:
 
 
 class Tracker:
-    """Where figures go: `metrics.jsonl` always, W&B if asked for, the progress bar on a terminal."""
+    """Where figures go: `metrics.jsonl` always, W&B once it is started, the progress bar on a terminal."""
 
-    def __init__(
-        self,
-        output_dir: Path,
-        *,
-        wandb_enabled: bool = False,
-        config: dict[str, Any] | None = None,
-        project: str = "llamba-distill",
-        run_name: str | None = None,
-        entity: str | None = None,
-        mode: str = "online",
-        run_id: str | None = None,
-        main_process: bool = True,
-        held: Callable[[], bool] = lambda: True,
-    ):
+    def __init__(self, output_dir: Path, *, main_process: bool = True, held: Callable[[], bool] = lambda: True):
         self.path = output_dir / "metrics.jsonl"
         self.main_process, self.held = main_process, held
         self.bar = ProgressBar(None if main_process else False)
-        self.wandb: Any = None
+        self.wandb: WandbRun | None = None
+        self.wandb_id: str | None = None
         self.writable, self.last_mark, self.stages_begun = True, ("", -1), 0
         if main_process:
             output_dir.mkdir(parents=True, exist_ok=True)
-        if wandb_enabled and main_process:
-            try:
-                self.wandb = start_wandb(output_dir, config or {}, project, run_name, entity, mode, run_id)
-            except Exception as error:  # as in _wandb: no service is worth the run
-                log.warning("W&B did not start: %s: %s; figures go to %s", type(error).__name__, error, self.path)
-        self.run_id = self.wandb.id if self.wandb is not None else run_id
+
+    def start_wandb(self, config: dict[str, Any], **settings: Any) -> None:
+        """Report to W&B from now on; `settings` as of `run.wandb_run.start_wandb`. What cannot start is a warning."""
+        if not self.main_process:
+            return
+        try:
+            self.wandb = start_wandb(self.path.parent, config, run_id=self.wandb_id, **settings)
+        except Exception as error:  # as in _wandb: no service is worth the run
+            log.warning("W&B did not start: %s: %s; figures go to %s", type(error).__name__, error, self.path)
+            return
+        self.wandb_id = self.wandb.id
+        for row in read_metrics(self.path) if self.path.exists() else ():  # of a run that goes on
+            self.wandb.note_best(row)
+            self.wandb.tokens = row.get("train/tokens") or self.wandb.tokens
 
     def log(self, figures: dict[str, Any], *, step: int) -> None:
         """One line of metrics.jsonl (non-finite numbers become null) and one W&B row."""
@@ -87,8 +84,8 @@ class Tracker:
             self.writable = False
         if "stage_step" in figures:
             self.bar.show(figures)
-        shown = {k: v for k, v in figures.items() if "/" in k}
-        self._wandb(lambda run: run.log({**shown, "train/optimizer_step": step}))
+        if "stage_begins" not in figures:
+            self._wandb(lambda run: run.log(figures, step=step))
 
     def truncate_after(self, step: int) -> None:
         """Drop lines after an optimizer step: a resumed run writes them again."""
@@ -119,13 +116,15 @@ class Tracker:
         self.last_mark = (stage, step)
         self.log({"stage_begins": stage, "stage": stage}, step=step)
         self.stages_begun += 1
-        mark = {"train/stage_number": self.stages_begun, "train/optimizer_step": step}
-        self._wandb(lambda run: run.log(mark))
-        self._wandb(lambda run: run.summary.update({f"{stage}/first_step": step}))
+        self._wandb(lambda run: run.stage(stage, self.stages_begun, step))
 
     def summary(self, figures: dict[str, Any]) -> None:
         """Values of the whole run: parameter counts, steps of each stage."""
-        self._wandb(lambda run: run.summary.update(figures))
+        self._wandb(lambda run: run.summary(figures))
+
+    def alert(self, title: str, text: str, *, level: str = "WARN") -> None:
+        """A message to whoever follows the run at W&B."""
+        self._wandb(lambda run: run.alert(title, text, level=level))
 
     def samples(self, columns: list[str], rows: list[list[Any]], *, step: int) -> None:
         """Sample texts: a line each in samples.jsonl, and a W&B table."""
@@ -138,15 +137,9 @@ class Tracker:
         except OSError as error:
             log.warning("%s could not be written: %s", SAMPLES, error)
 
-        def send(run: Any) -> None:
-            import wandb
+        self._wandb(lambda run: run.samples(columns, rows, step=step))
 
-            table = wandb.Table(columns=["step", *columns], data=[[step, *row] for row in rows])
-            run.log({"samples/texts": table, "train/optimizer_step": step})
-
-        self._wandb(send)
-
-    def _wandb(self, send: Callable[[Any], None]) -> None:
+    def _wandb(self, send: Callable[[WandbRun], None]) -> None:
         """Training outlives W&B: a failure to report is one warning, and reporting ends."""
         if self.wandb is None:
             return
@@ -156,36 +149,8 @@ class Tracker:
             log.warning("W&B stopped: %s: %s; figures go on in %s", type(error).__name__, error, self.path)
             self.wandb = None
 
-    def close(self) -> None:
+    def close(self, status: int = 0) -> None:
+        """Take the bar off, and end the W&B run with the run's exit status."""
         self.bar.close()
-        self._wandb(lambda run: run.finish())
-
-
-def start_wandb(
-    folder: Path,
-    config: dict[str, Any],
-    project: str,
-    name: str | None,
-    entity: str | None,
-    mode: str,
-    run_id: str | None,
-) -> Any:
-    """A W&B run, the same one when `run_id` is given, with axes by optimizer step and tokens."""
-    import wandb
-
-    sys.argv[1:] = mask_secrets(sys.argv[1:])  # W&B records the command line
-    run = wandb.init(
-        dir=os.environ.get("WANDB_DIR", str(folder)),
-        project=os.environ.get("WANDB_PROJECT", mask_secrets(project)),
-        entity=os.environ.get("WANDB_ENTITY", mask_secrets(entity)),
-        name=os.environ.get("WANDB_NAME", mask_secrets(name)),
-        mode=os.environ.get("WANDB_MODE", mode),  # type: ignore[arg-type]
-        id=run_id,
-        resume="allow" if run_id else None,
-        config=config,
-    )
-    run.define_metric("train/optimizer_step")
-    run.define_metric("train/tokens")
-    for panel in ("train", "eval", "perf", "data", "layers", "samples"):
-        run.define_metric(f"{panel}/*", step_metric="train/optimizer_step")
-    return run
+        self._wandb(lambda run: run.close(status))
+        self.wandb = None

@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from plot_metrics import plot_runs, read_metrics, run_labels, running_mean, series
+from plot_metrics import plot_runs, run_labels, running_mean, series
+from run.metrics_file import read_metrics
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -16,7 +16,7 @@ import torch
 
 from conftest import ROOT
 from hardware.devices import check_device
-from plot_metrics import read_metrics
+from run.metrics_file import read_metrics
 from run.tracking import Tracker
 from utils import UserError, library_versions, wait_passively
 
@@ -76,8 +76,10 @@ def test_wandb_that_does_not_start_or_breaks_is_one_warning(tmp_path, caplog, mo
         raise wandb.errors.CommError("no network")
 
     monkeypatch.setattr(wandb, "init", fail)
-    tracker = Tracker(tmp_path, wandb_enabled=True, run_id="kept")
-    assert "W&B did not start" in caplog.text and tracker.run_id == "kept"
+    tracker = Tracker(tmp_path)
+    tracker.wandb_id = "kept"
+    tracker.start_wandb({}, project="p", mode="offline")
+    assert "W&B did not start" in caplog.text and tracker.wandb_id == "kept"
     tracker.log({"train/loss": 1.0}, step=1)
     tracker.wandb = type("Run", (), {"log": fail})()
     tracker.log({"train/loss": 1.0}, step=2)
