@@ -72,10 +72,7 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
 
 def plot_runs(files: Sequence[Path], output: Path, *, x: str = "step") -> Path:
     """Draw every panel that at least one run has; raises ValueError when there is nothing to draw."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # pyplot, for windows, takes a quarter longer to import
 
     runs = {path.resolve(): read_metrics(path) for path in files}
     labels = run_labels(list(runs))
@@ -84,9 +81,8 @@ def plot_runs(files: Sequence[Path], output: Path, *, x: str = "step") -> Path:
         raise ValueError("no metrics to draw")
     columns = min(3, len(shown))
     height = math.ceil(len(shown) / columns)
-    figure, axes = plt.subplots(
-        height, columns, figsize=(4.6 * columns, 3.1 * height), squeeze=False, layout="constrained", sharex=True
-    )
+    figure = Figure(figsize=(4.6 * columns, 3.1 * height), layout="constrained")
+    axes = figure.subplots(height, columns, squeeze=False, sharex=True)
     for axis, (name, title, scale) in zip(axes.flat, shown):
         for number, (rows, label) in enumerate(zip(runs.values(), labels)):
             draw_lines(axis, series(rows, name, x), f"C{number}", label, smooth=name != "train/lr")
@@ -100,7 +96,6 @@ def plot_runs(files: Sequence[Path], output: Path, *, x: str = "step") -> Path:
     if len(runs) > 1:
         figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(output, dpi=110)
-    plt.close(figure)
     return output
 
 

@@ -75,11 +75,11 @@ def test_runs_of_one_name_are_told_apart_by_the_folders_above(tmp_path):
 
 
 def drawn(monkeypatch):
-    """Keeps the figures that `plot_runs` closes."""
-    import matplotlib.pyplot as plt
+    """Keeps the figures that `plot_runs` writes."""
+    from matplotlib.figure import Figure
 
-    figures = []
-    monkeypatch.setattr(plt, "close", figures.append)
+    figures, write = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: (figures.append(self), write(self, *args, **kw)))
     return figures
 
 
