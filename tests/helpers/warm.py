@@ -6,6 +6,7 @@ the server's: `fits` says whether a process may be a fork of it.
 """
 
 import atexit
+import faulthandler
 import functools
 import multiprocessing
 import os
@@ -116,12 +117,14 @@ class Process:
         return self.returncode
 
     def finish(self, timeout: float) -> int:
-        """The exit status, once it has ended; it is killed when it is late."""
-        try:
-            return self.wait(timeout)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            return self.wait()
+        """The exit status, once it has ended; when it is late it is ended, and its log says where it stood."""
+        for number in (signal.SIGABRT, signal.SIGKILL):
+            try:
+                return self.wait(timeout)
+            except subprocess.TimeoutExpired:
+                self.send_signal(number)
+                timeout = 10
+        return self.wait()
 
     def send_signal(self, number: int) -> None:
         if self.returncode is None:
@@ -175,6 +178,7 @@ def _work(work: Callable[..., Any], arguments: Sequence[Any], outputs: Sequence[
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    faulthandler.enable()  # SIGABRT tells where each thread stands
     os.environ.clear()
     os.environ.update(full)
     os.chdir(cwd)

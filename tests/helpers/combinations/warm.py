@@ -28,9 +28,9 @@ def train(flags: list[str], log: Path, *, ranks: int = 1, at: Sequence[At] = (),
     return [process.finish(timeout) for process in processes]
 
 
-def call(work: Callable[..., Any], arguments: Sequence[Any], log: Path) -> int:
+def call(work: Callable[..., Any], arguments: Sequence[Any], log: Path, *, timeout: float = 60) -> int:
     """The exit status of a process that does `work(*arguments)`, with its output in `log`."""
-    return warm.Process(work, arguments, log, environment=QUIET).finish(60)
+    return warm.Process(work, arguments, log, environment=QUIET).finish(timeout)
 
 
 def _train(flags: list[str], at: Sequence[At]) -> int:
