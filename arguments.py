@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from flags.page import markdown_page
-from flags.reading import Parser, device_name, flag, layer, real, whole
+from flags.reading import Parser, device_name, flag, layer, mix_source, real, whole
 
 
 class NotGiven(list):
@@ -82,6 +82,18 @@ class Stage1DataFlags:
     dataset_split: str = flag("train", "split")
     dataset_revision: str | None = flag(None, "commit, tag or branch on the hub")
     dataset_text_field: str = flag("text", "column that holds the text")
+    mix: list[str] = flag(
+        [],
+        "NAME[:SUBSET[:SPLIT[:FIELD]]]=SHARE of the sequences from other data sets; recall=SHARE: generated text",
+        parse=mix_source,
+        nargs="+",
+        metavar="SOURCE",
+    )
+    recall_share: float = flag(
+        0.0,
+        "share of the sequences of every stage that are generated and ask for memory; recall in a mix goes before it",
+        parse=real(0, maximum=0.99),
+    )
     no_dataset_streaming: bool = flag(False, "load stage 1 at once instead of streaming it")
     shuffle_buffer: int = flag(10000, "documents shuffled together; 0: no shuffling", parse=whole(0))
     seq_length: int = flag(4096, "tokens a sequence", parse=whole(1))
@@ -100,6 +112,7 @@ class Stage2DataFlags:
     second_dataset_epochs: int = flag(4, "epochs of stage 2", parse=whole(1))
     second_dataset_tokens: int = flag(200_000_000, "tokens an epoch of stage 2", parse=whole(1))
     second_dataset_text_field: str = flag("text", "column with plain text, if there is one")
+    second_mix: list[str] = flag([], "as --mix, for stage 2", parse=mix_source, nargs="+", metavar="SOURCE")
     second_dataset_split: str = flag("train", "split")
     second_dataset_subset: str = flag("", "configuration on the hub, subfolder of a folder; '' for none")
     second_dataset_revision: str | None = flag(None, "commit, tag or branch on the hub")

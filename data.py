@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ import torch
 
 from hub.hub_files import DataStreamLost
 from text.documents import BadDocument, DocumentEncoder
+from text.mixture import MixedDataset, MixedSpec, mixed_dataset
 from text.packing import PackedTextDataset, Sequence
 from text.pass_share import text_size
 from text.row_readers import BadData, TextFile
@@ -156,7 +157,7 @@ class TextLoader:
 
     def __init__(
         self,
-        dataset: PackedTextDataset,
+        dataset: PackedTextDataset | MixedDataset,
         *,
         batch_size: int,
         rank: int = 0,
@@ -188,7 +189,7 @@ class TextLoader:
     def __iter__(self) -> Iterator[Batch]:
         self.close()
         pipeline = self.pipeline = Pipeline()
-        self.dataset.source.patience.stop = pipeline.stop
+        self.dataset.stop_with(pipeline.stop)
         threaded = self.prefetch > 0
         batches: Any
         if threaded:
@@ -262,15 +263,18 @@ def build_loader(
     document_reset: bool = False,
     prefetch: int = 8,
     pin_memory: bool = False,
+    mixed: Collection[MixedSpec] = (),
+    excluded: Collection[str] = (),
 ) -> TextLoader:
     """The loader of a text source; `epochs` None is endless. Nothing runs in the background until it is iterated.
 
-    Raises `UserError` for a source, split or column that is not there, or less text than one sequence; `BadData`
+    mixed: other sources by their shares of all sequences; of a generated one, `excluded` are words that it leaves
+    out. Raises `UserError` for a source, split or column that is not there, or less text than one sequence; `BadData`
     (a `UserError`) and `DataStreamLost` when the first documents cannot be read. Both may come while iterating.
     """
     dataset = PackedTextDataset(spec, tokenizer, seq_length=seq_length, seed=seed, epochs=epochs)
     return TextLoader(
-        dataset,
+        mixed_dataset(dataset, mixed, tokenizer, excluded) if mixed else dataset,
         batch_size=batch_size,
         rank=rank,
         world_size=world_size,
@@ -281,9 +285,12 @@ def build_loader(
 
 
 def estimate_steps_per_epoch(
-    spec: SourceSpec, tokenizer: "PreTrainedTokenizerBase", *, seq_length: int, sequences_per_step: int
+    spec: SourceSpec, tokenizer: "PreTrainedTokenizerBase", *, seq_length: int, sequences_per_step: float
 ) -> int:
-    """Optimizer steps of one pass, from the tokens per stored byte in a sample of up to 8 files."""
+    """Optimizer steps of one pass, from the tokens per stored byte in a sample of up to 8 files.
+
+    sequences_per_step: those of this source; in a mixture a part of a step's.
+    """
     tokens = estimate_tokens(spec, tokenizer)
     return max(1, math.ceil(tokens / ((seq_length + 1) * sequences_per_step)))
 

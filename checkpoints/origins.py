@@ -15,6 +15,8 @@ REVISIONS = {
     "second_dataset_name": "second_dataset_revision",
     "eval_dataset": None,
     "choice_dataset": None,
+    "mix": None,
+    "second_mix": None,
 }
 
 COMMIT = "_commit"  # ends names of commits in the metadata, which would else be masked as keys

@@ -66,6 +66,20 @@ def layer(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"{text!r} is not a layer's index or auto:K, K at least 1") from None
 
 
+def mix_source(text: str) -> str:
+    """NAME[:SUBSET[:SPLIT[:FIELD]]]=SHARE, the share above 0 and below 1, as it is."""
+    name, _, share = text.rpartition("=")
+    try:
+        good = bool(name) and 0 < float(share) < 1 and name.count(":") < 4 and not name.startswith(":")
+    except ValueError:
+        good = False
+    if not good:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not NAME[:SUBSET[:SPLIT[:FIELD]]]=SHARE with a share between 0 and 1"
+        )
+    return text
+
+
 def device_name(text: str) -> str:
     """`cpu`, `cuda` or `cuda:N`; N has at most two digits, since torch keeps it in 8 bits and wraps round."""
     if not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]?))?", text):

@@ -244,7 +244,7 @@ class HubListing:
 
 
 def list_hub_files(
-    name: str, subset: str, split: str, revision: str | None, patience: Patience, flag: str = "--dataset"
+    name: str, subset: str, split: str, revision: str | None, patience: Patience, flag: str = "--dataset_"
 ) -> HubListing:
     """The data files of a Hub dataset, as the `datasets` library finds them (README configurations included).
 
@@ -253,7 +253,7 @@ def list_hub_files(
     """
     data_files = patience.call(f"listing {name}", lambda: _data_files(name, subset, revision, flag))
     if split not in data_files:
-        raise UserError(f"{flag}_split {split}: {name} has {', '.join(map(str, data_files)) or 'none'}")
+        raise UserError(f"{flag}split {split}: {name} has {', '.join(map(str, data_files)) or 'none'}")
     matches = [HF_URL.fullmatch(str(url)) for url in data_files[split]]
     if not matches or None in matches:
         raise UserError(f"{name}: no readable data files in split {split}")
@@ -293,7 +293,7 @@ def _data_files(name: str, subset: str, revision: str | None, flag: str) -> dict
             raise ConnectionError(f"the Hub did not say what files {name} has")
         return builder.config.data_files
     assert first is not None
-    raise UserError(f"{name}, {flag}_subset {subset or '(none)'}: {' '.join(str(first).split())[:400]}") from first
+    raise UserError(f"{name}, {flag}subset {subset or '(none)'}: {' '.join(str(first).split())[:400]}") from first
 
 
 def cached_files(name: str, subset: str, split: str, revision: str | None) -> tuple[Path | None, list[str]]:

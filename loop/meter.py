@@ -15,6 +15,7 @@ import torch
 
 from data import Batch
 from loop.forms import Progress, Stage, Sums
+from text.mixture import source_shares
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +146,7 @@ class Meter:
             "perf/eta_seconds": (progress.stage_end - progress.stage_step) * seconds,
             "perf/peak_memory_gib": peak_memory_gib(self.stage.device),
             **self._waiting(),
+            **{f"data/share/{name}": share for name, share in source_shares(progress.loader).items()},
             "stage": progress.stage,
             "stage_step": progress.stage_step,
             "stage_total": progress.stage_end,

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 
 from arguments import Arguments
+from run.mixing import shares_of
+from run.plan import stage_names
 from run.wandb_run import wandb_settings
 from utils import UserError, auto_layers, check_folder_writable
 
@@ -43,6 +45,8 @@ def validate(args: Arguments) -> None:
             f"--batch_size {args.batch_size}: flash_attention_2 keeps documents apart (--document_reset) only in a "
             "batch of 1; use --batch_size 1 or --attn_implementation sdpa"
         )
+    for stage in stage_names(args):
+        shares_of(args, stage)
     _check_packages(args)
     if args.sample_prompts:
         read_prompts(args.sample_prompts)

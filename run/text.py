@@ -9,8 +9,11 @@ import torch
 from arguments import Arguments
 from checkpoints.origins import Origins
 from data import SourceSpec, TextLoader, build_loader, estimate_steps_per_epoch
+from evaluation.recall_tasks import KEY_WORDS
 from hardware.ranks import Ranks
+from run.mixing import commits_of, mix_flag, mixed_sources, shares_of
 from run.plan import planned_steps, sequence_length, sequences_a_step
+from text.mixture import MixedDataset
 from text.text_sources import has_subset
 from utils import UserError, auto_layers
 
@@ -49,13 +52,20 @@ class RunText:
         source = loader.dataset.source
         log.info("%s reads %s: %s files of %s bytes", name, source.name, f"{len(source.files):,}", f"{source.size:,}")
         self.origins.note("second_dataset_name" if name == "stage2" else "dataset_name", source.commit)
+        if isinstance(loader.dataset, MixedDataset):
+            others, shares = loader.dataset.datasets[1:], loader.dataset.shares[1:]
+            self.origins.note(mix_flag(name), commits_of([each.source.commit for each in others]))
+            for other, share in zip(loader.dataset.names, shares):
+                log.info("%s reads %s beside it, for %.3g of its sequences", name, other, share)
         return loader
 
     def _loader(self, name: str, ranks: Ranks) -> TextLoader:
-        args = self.args
+        args, source = self.args, self.source(name)
         return build_loader(
-            self.source(name),
+            source,
             self.tokenizer,
+            mixed=mixed_sources(args, name, source, self.origins.commits.get(mix_flag(name))),
+            excluded=KEY_WORDS,
             seq_length=sequence_length(args, name),
             batch_size=args.batch_size,
             rank=ranks.rank,
@@ -79,7 +89,7 @@ class RunText:
         if name == "stage2":
             return SourceSpec(
                 name=args.second_dataset_name,
-                flag="--second_dataset",
+                flag="--second_dataset_",
                 subset=args.second_dataset_subset,
                 split=args.second_dataset_split,
                 revision=self._revision("second_dataset_name", args.second_dataset_revision),
@@ -139,7 +149,7 @@ class RunText:
             subset, split = subset or inherited, split if split != "train" else args.dataset_split
         return SourceSpec(
             name=args.eval_dataset,
-            flag="--eval_dataset",
+            flag="--eval_dataset_",
             subset=subset,
             split=split,
             revision=self._revision("eval_dataset"),
@@ -156,7 +166,7 @@ class RunText:
         args = self.args
         if not args.choice_dataset:
             return self._loader("stage1", Ranks())
-        source: dict[str, Any] = dict(name=args.choice_dataset, flag="--choice_dataset", subset="", split="train")
+        source: dict[str, Any] = dict(name=args.choice_dataset, flag="--choice_dataset_", subset="", split="train")
         source["revision"] = self._revision("choice_dataset")
         return build_loader(
             replace(self.source("stage1"), streaming=True, **source),
@@ -171,12 +181,13 @@ class RunText:
     def check_choice(self) -> None:
         """Raise a `UserError` where `--layers auto:K` would choose on the text that figures are reported on."""
         args = self.args
-        chosen_on = self.choice_loader().dataset.source
+        chosen = self.choice_loader().dataset
+        chosen_on = chosen.places()
         if args.choice_dataset:
-            self.origins.note("choice_dataset", chosen_on.commit)
+            self.origins.note("choice_dataset", chosen.source.commit)
         if not args.eval_dataset:
             return
-        both = sorted(chosen_on.places() & self.held_out_loader().dataset.source.places())
+        both = sorted(chosen_on & self.held_out_loader().dataset.source.places())
         if both:
             where = f"--choice_dataset {args.choice_dataset}" if args.choice_dataset else "the training text"
             raise UserError(
@@ -191,11 +202,12 @@ class RunText:
             return planned_steps(args, name, self.ranks.world_size)
         if args.epoch_step_hint:
             return args.epoch_step_hint * args.epochs
+        own_share = 1 - sum(shares_of(args, name).values())
         per_epoch = estimate_steps_per_epoch(
             self.source(name),
             self.tokenizer,
             seq_length=args.seq_length,
-            sequences_per_step=sequences_a_step(vars(args), self.ranks.world_size),
+            sequences_per_step=sequences_a_step(vars(args), self.ranks.world_size) * own_share,
         )
         log.info("an epoch of %s is about %d optimizer steps (estimated by sampling)", args.dataset_name, per_epoch)
         return max(1, per_epoch * args.epochs)

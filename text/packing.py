@@ -38,6 +38,7 @@ class Sequence:
     cursor: Cursor
     counters: dict[str, int]
     share: float | None = None  # of all passes, up to its end
+    mark: Any = None  # where a mixture of sources stands behind it
 
     @property
     def positions(self) -> torch.Tensor:
@@ -127,6 +128,14 @@ class PackedTextDataset(IterableDataset):
             if worker is None or number % worker.num_workers == worker.id:
                 self.advance(sequence)
                 yield sequence
+
+    def places(self) -> set[str]:
+        """Where its files are."""
+        return self.source.places()
+
+    def stop_with(self, stop: Any) -> None:
+        """Waiting for the network ends when the event `stop` is set."""
+        self.source.patience.stop = stop
 
     def advance(self, sequence: Sequence, count: int = 1) -> None:
         """Take note that everything up to this sequence was given out, `count` sequences more than before."""

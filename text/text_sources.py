@@ -48,7 +48,7 @@ class SourceSpec:
     on_bad_data: str = "error"  # or "skip"
     network_patience: float = 600.0  # seconds
     chat: bool | None = None  # None: conversations where there is no text column
-    flag: str = "--dataset"  # what the flags that say this begin with, for messages
+    flag: str = "--dataset_"  # what the flags that say this begin with, for messages
     version: int = TEXT_VERSION  # of the rules from files to tokens; a resumed run keeps its own
 
 
@@ -150,16 +150,16 @@ def identity_of(files: list[TextFile]) -> str:
     return hashlib.sha256(repr([(file.name, file.stamp) for file in files]).encode()).hexdigest()[:16]
 
 
-def local_files(path: Path, subset: str, split: str, flag: str = "--dataset") -> list[TextFile]:
+def local_files(path: Path, subset: str, split: str, flag: str = "--dataset_") -> list[TextFile]:
     """Data files of a local file or folder, sorted.
 
     The subset names a subfolder (also under data/) or a configuration in the folder's README. File and folder names
     choose the split as the `datasets` library does; files whose names say nothing belong to train. Raises `UserError`
-    naming `flag`_subset or `flag`_split and what there is.
+    naming `flag`subset or `flag`split and what there is.
     """
     if path.is_file():
         if subset:
-            raise UserError(f"{flag}_subset {subset}: {path} is a file, which has none; use {flag}_subset ''")
+            raise UserError(f"{flag}subset {subset}: {path} is a file, which has none; use {flag}subset ''")
         return [_local_file(path, path.parent)]
     for folder in (path / subset, path / "data" / subset):
         if subset and folder.is_dir():
@@ -169,7 +169,7 @@ def local_files(path: Path, subset: str, split: str, flag: str = "--dataset") ->
         return [_local_file(file, path) for file in configured]
     if subset:
         found = ", ".join(local_subsets(path)) or "none"
-        raise UserError(f"{flag}_subset {subset}: {path} has none such in split {split}; there: {found} ('': all)")
+        raise UserError(f"{flag}subset {subset}: {path} has none such in split {split}; there: {found} ('': all)")
     return _of_split(_data_paths(path), path, split, flag)
 
 
@@ -212,7 +212,7 @@ def _of_split(paths: list[Path], root: Path, split: str, flag: str) -> list[Text
         return by_split[key]
     named = [file for files in by_split.values() for file in files if split in re.split(r"[/.-]", file.name)]
     if not named and by_split:
-        raise UserError(f"{flag}_split {split}: {root} has {', '.join(sorted(by_split))}")
+        raise UserError(f"{flag}split {split}: {root} has {', '.join(sorted(by_split))}")
     return named
 
 

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import evaluate
 import train
 from conftest import ROOT
-from evaluation.recall import TASKS, recall_accuracy, recall_rows
+from evaluation.recall import recall_accuracy
+from evaluation.recall_tasks import PAIR_TASKS, recall_rows
 from helpers import runs
 
 SMOLLM2 = ROOT / ".cache" / "SmolLM2-135M-Instruct"
@@ -85,7 +86,7 @@ def test_the_held_out_figures_are_their_definitions(evaluated, student, tiny_tea
 def test_table_json_and_picture(evaluated):
     output, done = evaluated
     report = json.loads((output / "evaluation.json").read_text())
-    assert set(report["recall"]) == {f"{task}/{pairs}" for task in TASKS for pairs in (2, 5)}
+    assert set(report["recall"]) == {f"{task}/{pairs}" for task in PAIR_TASKS for pairs in (2, 5)}
     for figures in (*report["recall"].values(), report["tokens_per_second"]):
         assert figures.keys() == {"student", "teacher"}
     assert min(report["tokens_per_second"].values()) > 0
@@ -179,7 +180,7 @@ class Oracle:
         return type("Output", (), {"logits": logits[:, -logits_to_keep:]})
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", PAIR_TASKS)
 def test_a_row_is_right_when_every_token_of_its_value_is(task, tokenizer_dir):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     rows = recall_rows(task, 6, 10)

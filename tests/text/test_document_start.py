@@ -12,7 +12,8 @@ import train
 from checkpoints.origins import Origins
 from data import SourceSpec, build_loader
 from evaluation.diagnostics import continuations
-from evaluation.recall import RecallRow, recall_accuracy
+from evaluation.recall import recall_accuracy
+from evaluation.recall_tasks import RecallRow
 from helpers import checkpoint_tools, runs
 from text import documents as module
 from text.documents import DocumentEncoder

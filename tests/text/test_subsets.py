@@ -31,13 +31,13 @@ def test_what_is_not_there_is_refused_and_what_is_there_named(folder):
     with pytest.raises(UserError, match=rf"^--dataset_subset C: {folder} has none such in split train; there: B, A "):
         find_files(SourceSpec(str(folder), subset="C"))
     with pytest.raises(UserError, match=r"^--eval_dataset_subset C: "):
-        find_files(SourceSpec(str(folder), subset="C", flag="--eval_dataset"))
+        find_files(SourceSpec(str(folder), subset="C", flag="--eval_dataset_"))
     with pytest.raises(
         UserError, match=r"^--dataset_subset C: .* is a file, which has none; use --dataset_subset ''"
     ):
         find_files(SourceSpec(str(folder / "B" / "x.jsonl.gz"), subset="C"))
     with pytest.raises(UserError, match=r"^--second_dataset_split other: "):
-        find_files(SourceSpec(str(folder), split="other", flag="--second_dataset"))
+        find_files(SourceSpec(str(folder), split="other", flag="--second_dataset_"))
 
 
 def test_a_configuration_whose_files_are_not_mirrored_is_not_there(folder):

@@ -29,6 +29,7 @@ FACTORS: dict[str, list[Any]] = {
     "attn_implementation": ["sdpa", "eager"],
     "no_dataset_streaming": [False, True],
     "shuffle_buffer": [16, 0],
+    "recall_share": [0.0, 0.3],
     "seq_length": [48, 32],
     "document_reset": [False, True],
     "matrix_tokens": [0, 3],  # steps
@@ -81,6 +82,10 @@ REFUSED: list[dict[str, list[Any]]] = [
 MEANINGLESS: list[dict[str, list[Any]]] = [
     {"student_model": ["distilled"], "layers": ["-1", "auto:1"]},  # its layers are those that it has
     {"change": ["max_steps"], "length": ["epochs", "epochs, hint"]},  # which ignore it
+    {
+        "recall_share": [0.3],
+        "length": ["epochs", "epochs, hint"],
+    },  # a pass takes more steps: tests/text/test_mixture.py
     # the end of the only stage is that of the run
     {"stop": ["kill at a stage's end"], "skip_stage2": [True], "matrix_tokens": [0], "hidden_tokens": [0]},
 ]
@@ -100,6 +105,8 @@ EXEMPT = {
     "dataset_split": "as dataset_name",
     "dataset_revision": "of the hub alone; tests/run/test_network_training.py",
     "dataset_text_field": "as dataset_name",
+    "mix": "as dataset_name; tests/text/test_mixture.py",
+    "second_mix": "as mix",
     "second_dataset_name": "as dataset_name",
     "second_dataset_subset": "as dataset_name",
     "second_dataset_split": "as dataset_name",
