@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from flags.config_file import with_config
 from flags.page import markdown_page
-from flags.reading import Parser, device_name, flag, layer, mix_source, real, whole
+from flags.reading import Parser, device_name, flag, layer, mix_source, real, switch, whole
+from utils import UserError
 
 
 class NotGiven(list):
@@ -47,9 +49,9 @@ class ModelsFlags:
     layers: list[int | str] = flag(
         DEFAULT_LAYERS,
         "layers to replace by the teacher's (a distilled student keeps its own); negative ones are ignored "
-        "(-1: none); auto:K: K found by measuring",
+        "(none given, or -1: none); auto:K: K found by measuring",
         parse=layer,
-        nargs="+",
+        nargs="*",
     )
     expand: int = flag(
         NotGivenNumber(1), "from_teacher: mixer heads for each attention head, at most 4", parse=whole(1, 4)
@@ -232,7 +234,18 @@ class CheckpointsFlags:
 
 
 @dataclass
+class WholeRunFlags:
+    """the run as a whole"""
+
+    config: str | None = flag(
+        None, "file with flags (YAML, as run.yaml in a run's folder); flags beside it override it"
+    )
+    dry_run: bool = flag(False, "print what the run would do and take, a few steps measured; nothing is written")
+
+
+@dataclass
 class Arguments(
+    WholeRunFlags,
     ModelsFlags,
     Stage1DataFlags,
     Stage2DataFlags,
@@ -261,7 +274,15 @@ def build_parser() -> Parser:
         for entry in fields(group):
             default = getattr(defaults, entry.name)
             if default is False:
-                add(f"--{entry.name}", action="store_true", **entry.metadata)
+                add(
+                    f"--{entry.name}",
+                    nargs="?",
+                    const=True,
+                    default=False,
+                    type=switch,
+                    metavar="true|false",
+                    **entry.metadata,
+                )
             else:
                 add(f"--{entry.name}", default=default, **entry.metadata)
     return parser
@@ -276,14 +297,22 @@ FREE_FLAGS = frozenset(
     "eval_dataset_subset eval_dataset_split eval_dataset_text_field "
     "diagnostics_interval sample_interval sample_prompts "
     "output_dir save_interval save_minutes keep_checkpoints no_stable_checkpoint resume resume_force resume_step "
-    "local_files_only network_patience max_bad_steps deterministic".split()
+    "local_files_only network_patience max_bad_steps deterministic config dry_run".split()
 )
 RESULT_FLAGS = frozenset(entry.name for entry in fields(Arguments)) - FREE_FLAGS
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     """Parse command-line flags; a wrong one is one line on stderr and exit status 2."""
-    args = build_parser().parse_args(argv, namespace=Arguments())
+    parser, given = build_parser(), list(sys.argv[1:] if argv is None else argv)
+    try:
+        given = with_config(given, [entry.name for entry in fields(Arguments)])
+    except UserError as error:
+        parser.error(str(error))
+    args = parser.parse_args(given, namespace=Arguments())
+    args.layers = (
+        args.layers if isinstance(args.layers, NotGiven) else [entry for entry in args.layers if entry != ""]
+    )
     if isinstance(args.dataset_subset, NotGivenName):
         args.dataset_subset = default_subset(args.dataset_name)
     return args
@@ -297,7 +326,7 @@ def default_subset(name: str) -> str:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--markdown"]:
+    if sys.argv[1:] in ([], ["--markdown"]):
         print(markdown_page(build_parser()))
     else:
         parse_arguments(sys.argv[1:])

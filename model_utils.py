@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from checkpoints.folder_checks import check_folder
 from hub.hub_files import gated
 from models import LlambaConfig, LlambaForCausalLM
-from utils import FROM_TEACHER, UserError, auto_layers
+from utils import FROM_TEACHER, UserError, auto_layers, format_count
 
 log = logging.getLogger(__name__)
 
@@ -318,13 +318,12 @@ def frozen_names(student: nn.Module) -> set[str]:
 
 
 def describe_parameters(student: nn.Module, teacher: nn.Module | None) -> str:
-    """One line with the sizes of both models, in billions of parameters."""
-    trainable = sum(p.numel() for p in student.parameters() if p.requires_grad) / 1e9
-    total = sum(p.numel() for p in student.parameters()) / 1e9
-    own = f"student {total:.3f}B parameters, {trainable:.3f}B of them trainable"
+    """One line with the sizes of both models."""
+    trainable = format_count(sum(p.numel() for p in student.parameters() if p.requires_grad))
+    own = f"student {format_count(sum(p.numel() for p in student.parameters()))} parameters, {trainable} trainable"
     if teacher is None:
         return f"{own}; no teacher is kept, since nothing of this run needs one from here on"
-    return f"{own}; teacher {sum(p.numel() for p in teacher.parameters()) / 1e9:.3f}B"
+    return f"{own}; teacher {format_count(sum(p.numel() for p in teacher.parameters()))}"
 
 
 def _pattern(name: str) -> tuple[str, int | None]:

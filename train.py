@@ -77,10 +77,11 @@ def distill(args: Arguments, ranks: "Ranks") -> int:
     from run.plan import stage_names
     from run.session import Session
     from run.signals import StopSignals
+    from run.written import tell_plan
     from trainer import run_stage
     from utils import setup_logging
 
-    setup_logging(args.log_file, rank=ranks.rank)
+    setup_logging(None if args.dry_run else args.log_file, rank=ranks.rank)
     devices = ranks.together(lambda: check_devices(args, ranks))
     if args.deterministic:
         enable_determinism()
@@ -91,7 +92,8 @@ def distill(args: Arguments, ranks: "Ranks") -> int:
         def take_lock() -> None:
             held.enter_context(lock)
 
-        ranks.first(take_lock)
+        if not args.dry_run:  # which writes nothing
+            ranks.first(take_lock)
         signals = held.enter_context(StopSignals())
         signals.leave_at_once = True  # nothing to save before the first step
         begun = ranks.together(lambda: Beginning(args, ranks, lock))
@@ -106,6 +108,9 @@ def distill(args: Arguments, ranks: "Ranks") -> int:
             loaders = ranks.together(lambda: inputs.text.open(names, fresh=begun.resumed is None))
             ranks.together(lambda: begun.check_position(loaders, inputs.text))
             origins.check_same(ranks.gather(origins.commits))
+            ranks.together(lambda: tell_plan(args, begun, inputs, names, devices[0]))
+            if args.dry_run:
+                return 0
             models = ranks.together(lambda: build_models(args, begun.student_source, inputs, devices, ranks))
             advice = functools.partial(memory_advice, args, inputs.estimate, models)
             session = Session(begun, signals, models)

@@ -158,6 +158,14 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
 
 
+def format_count(number: float) -> str:
+    """`409.6M`: a number of tokens or parameters in at most four digits."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.4g}{unit}"
+    return f"{number:.0f}"
+
+
 def format_line(figures: dict[str, Any]) -> str:
     """The log line of one interval, from the loop's figures."""
     get = figures.get

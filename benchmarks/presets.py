@@ -1,4 +1,4 @@
-"""Pairs of a teacher's and a student's sizes, and the floating-point operations of a step on them."""
+"""Pairs of a teacher's and a student's sizes."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -58,25 +58,3 @@ def preset(name: str) -> Preset:
         teacher = llama(64, 128, 4, 4, 2, 512, head_dim=16, max_position_embeddings=2048, tie_word_embeddings=False)
         return Preset(teacher, student_config(teacher), (1,))
     raise ValueError(f"no preset {name!r}")
-
-
-def step_flops(teacher: Any, student: Any, length: int) -> float:
-    """Floating-point operations a token that distillation cannot do without.
-
-    2 a teacher weight, 4 a student weight and 2 more a trainable one, embeddings left out; causal attention added:
-    2 * length * width forward a layer (half of the full square), and twice that backward.
-    """
-    flops = 2.0 * _weights(teacher.model.layers) + 2.0 * teacher.lm_head.weight.numel()
-    everything = _weights(student.backbone.layers) + student.lm_head.weight.numel()
-    trainable = sum(p.numel() for p in student.backbone.layers.parameters() if p.requires_grad and p.ndim > 1)
-    trainable += student.lm_head.weight.numel() * student.lm_head.weight.requires_grad
-    config = teacher.config
-    attention = 2.0 * length * config.num_attention_heads * config.head_dim
-    layers = config.num_hidden_layers + 3.0 * len(student.config.attention_layers)
-    return flops + 4.0 * everything + 2.0 * trainable + attention * layers
-
-
-def _weights(layers: Any) -> int:
-    """Entries of the layers' matrices, fp8 ones included."""
-    tensors = [*layers.parameters(), *(b for name, b in layers.named_buffers() if name.endswith("weight"))]
-    return sum(t.numel() for t in tensors if t.ndim > 1)

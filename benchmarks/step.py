@@ -30,12 +30,13 @@ import torch
 from transformers import LlamaForCausalLM
 
 from arguments import Arguments, parse_arguments
-from benchmarks.presets import Preset, preset, step_flops
+from benchmarks.presets import Preset, preset
 from benchmarks.profiling import host_waits, kernel_table
 from benchmarks.timing import PARTS, Clock, matrix_ceiling
 from data import Batch
 from distill.losses import dense_kd_loss
 from hardware.devices import default_dtype
+from hardware.operations import distillation_operations
 from hardware.ranks import Ranks, launched
 from hardware.recomputation import set_activation_checkpointing
 from loop.forms import Progress, Stage
@@ -220,7 +221,7 @@ def measure(bench: argparse.Namespace, args: Arguments, way: str, ceiling: float
         parallel, estimate = inputs.settle_parallel(sizes.teacher, sizes.student, args, parallel, free, ranks)
         print("estimate:", estimate.describe(), f"({time.perf_counter() - began:.1f} s)", flush=True)
     models = build_pair(args, sizes, share=way == "ours" and not args.teacher_device)
-    flops = step_flops(models.teacher, models.student, args.seq_length)
+    flops = distillation_operations(models.teacher, models.student, args.seq_length)
     reset_peak(cuda)
     if estimate is not None:
         connect(args, models, estimate.modes, ranks)

@@ -20,12 +20,13 @@ class RunFolder:
     a run that was resumed from an older one has newer checkpoints of smaller steps.
     """
 
-    def __init__(self, path: Path, log: Callable[[str], Any]):
+    def __init__(self, path: Path, log: Callable[[str], Any], *, clean: bool = True):
         self.path, self.log = path, log
         self._device: int | None = None
         if path.is_dir():
             self._device = path.stat().st_dev
-            self._clean_left_overs()
+            if clean:
+                self._clean_left_overs()
         complete = self.complete()
         self.last_good: str | None = complete[0].name if complete else None
 

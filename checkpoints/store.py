@@ -108,6 +108,7 @@ class CheckpointStore:
         log: Callable[[str], Any] = print,
         asynchronous: bool = True,
         held: Callable[[], bool] = lambda: True,
+        writes: bool = True,
     ):
         self.output_dir, self.keep, self.log, self.asynchronous = Path(output_dir), keep, log, asynchronous
         self.held = held
@@ -116,7 +117,7 @@ class CheckpointStore:
         self._thread: threading.Thread | None = None
         self._copies = HostCopies()
         self._tokenizer_files: tuple[Any, dict[str, bytes]] = (None, {})
-        self.folder = RunFolder(self.output_dir, log)
+        self.folder = RunFolder(self.output_dir, log, clean=writes)
         self._frozen_file = FrozenFile(self.folder)
 
     # saving

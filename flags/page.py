@@ -25,7 +25,7 @@ def markdown_page(parser: argparse.ArgumentParser) -> str:
 
 def _shown(action: argparse.Action) -> str:
     value: Any = action.default
-    if action.nargs == 0:
+    if action.const is True:
         return "off"
     if isinstance(value, list):
         value = " ".join(map(str, value))

@@ -56,8 +56,17 @@ def real(minimum: float, *, above: bool = False, maximum: float = math.inf):
     return parse
 
 
+def switch(text: str) -> bool:
+    """`true` or `false`, what may stand behind a flag that is on by itself."""
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text == "true"
+
+
 def layer(text: str) -> int | str:
-    """A layer's index, or `auto:K` with K at least 1, as it is."""
+    """A layer's index, or `auto:K` with K at least 1, as it is; '' for none."""
+    if not text:
+        return text
     if re.fullmatch(r"auto:0*[1-9][0-9]{0,8}", text):
         return f"auto:{int(text[5:])}"
     try:

@@ -29,7 +29,9 @@ class Beginning:
     def __init__(self, args: Arguments, ranks: Ranks, lock: RunLock):
         self.args, self.ranks, self.lock = args, ranks, lock
         self.output_dir = Path(args.output_dir)
-        self.store = CheckpointStore(self.output_dir, keep=args.keep_checkpoints, log=log.warning, held=lock.held)
+        self.store = CheckpointStore(
+            self.output_dir, keep=args.keep_checkpoints, log=log.warning, held=lock.held, writes=not args.dry_run
+        )
         self.progress = Progress()
         start = ranks.first(self._choose_start)
         self.finished = start is not None and start.finished
@@ -41,7 +43,7 @@ class Beginning:
             self.origins = Origins.recorded(metadata, vars(args), self.resumed.state.get("loader"))
         self.prompts = read_prompts(args.sample_prompts) if args.sample_prompts else PROMPTS
         self.status = 0  # the run's exit status, as far as is known
-        self.tracker = Tracker(self.output_dir, main_process=ranks.is_first, held=lock.held)
+        self.tracker = Tracker(self.output_dir, main_process=ranks.is_first and not args.dry_run, held=lock.held)
         if self.resumed is not None:
             self.tracker.wandb_id = self.resumed.standing.metadata.get("wandb_run_id")
         if not self.finished:

@@ -13,7 +13,7 @@ from arguments import Arguments
 from checkpoints.origins import Origins
 from distill.initialization import student_config
 from hardware.devices import check_device
-from hardware.memory import GIB, MemoryEstimate, estimate_memory
+from hardware.memory import MemoryEstimate, estimate_memory
 from hardware.ranks import Ranks
 from hardware.settings import TeacherNeed
 from hub.model_files import fetch_model
@@ -33,6 +33,8 @@ class Inputs:
     """What is known before any weight is loaded."""
 
     text: RunText
+    teacher: PreTrainedConfig
+    student: LlambaConfig
     estimate: MemoryEstimate | None  # of a training step on a GPU
     teacher_need: TeacherNeed
     parallel: str = "none"  # or ddp, fsdp
@@ -87,13 +89,12 @@ def check_inputs(
     need = teacher_need(args, names, fresh=not is_distilled(student))
     parallel, estimate = choose_parallel(args, ranks), None
     if args.device.startswith("cuda"):
-        free, total = torch.cuda.mem_get_info(args.device)
+        free = torch.cuda.mem_get_info(args.device)[0] if torch.cuda.is_available() else None  # not in a dry run
         parallel, estimate = settle_parallel(teacher, student, args, parallel, free, ranks, need)
-        log.info("estimated peak of a step: %s; free %.1f of %.1f GiB", estimate.describe(), free / GIB, total / GIB)
     if parallel in ("ddp", "fsdp"):
         log.info("%d ranks, %s", ranks.world_size, "replicated" if parallel == "ddp" else "sharded")
     text = RunText(args, get_tokenizer(args.teacher_model, **local), ranks, origins)
-    return Inputs(text, estimate, need, parallel, names)
+    return Inputs(text, teacher, student, estimate, need, parallel, names)
 
 
 def choose_parallel(args: Arguments, ranks: Ranks) -> str:
@@ -163,6 +164,8 @@ def check_devices(args: Arguments, ranks: Ranks) -> tuple[torch.device, torch.de
     A `--teacher_device` under torchrun serves all ranks of a host, so no rank may have it for its student.
     """
     args.device = ranks.device(args.device)
+    if args.dry_run and not torch.cuda.is_available():  # the plan of a run elsewhere
+        return torch.device("cpu"), torch.device("cpu")
     own = check_device(args.device)
     if own.type == "cuda":
         torch.cuda.set_device(own)  # Triton's kernels and CUDA graphs are launched on the current device

@@ -16,6 +16,7 @@ from run.saving import Saving
 from run.signals import StopSignals
 from run.telling import Telling
 from run.wandb_run import wandb_settings
+from run.written import write_config
 from text.row_readers import BadData
 from trainer import Services
 from utils import mask_secrets
@@ -33,6 +34,8 @@ class Session:
 
     def begin(self) -> None:
         """Start W&B, tell it the sizes, and take the held-out figures before the first step."""
+        if self.ranks.is_first:
+            write_config(self.args, self.begun.origins)
         if self.args.wandb:
             self.begun.tracker.start_wandb(mask_secrets(vars(self.args)), **wandb_settings(self.args))
         parameters = list(self.models.student.parameters())
