@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from flags.reading import Parser, real, whole
-from utils import UserError, check_folder_writable, write_whole
+from utils import UserError, check_folder_writable, progress_bar, write_whole
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -119,9 +119,20 @@ def download(args: argparse.Namespace) -> None:
     if manifest.content["complete"] or (args.max_samples and done >= args.max_samples):
         print(f"{folder} is complete: {done:,} rows in {len(manifest.content['shards'])} shards")
         return
-    progress = Progress(done, args.max_samples)
+    with progress_bar("rows", args.max_samples or None, initial=done) as bar:
+        done = write_shards(args, folder, manifest, done, bar)
+    manifest.write()
+    if not done:
+        raise UserError(f"--dataset {args.dataset}: no rows with text in split {args.split}")
+    print(f"{folder}: {done:,} rows in {len(manifest.content['shards'])} shards")
+
+
+def write_shards(args: argparse.Namespace, folder: Path, manifest: Manifest, done: int, bar: Any) -> int:
+    """Every shard after the `done` rows that are there, with a line each; returns the rows that are there then."""
+    progress = Progress(done, args.max_samples, bar)
     texts: list[str] = []
     for text, position in rows_after(args, manifest):
+        bar.update(done - bar.n)
         manifest.content["position"] = position
         if not text or not text.strip():
             continue
@@ -137,10 +148,7 @@ def download(args: argparse.Namespace) -> None:
         manifest.content["complete"] = True
     if texts:
         progress.show(done, add_shard(folder, manifest, texts, args.compression))
-    manifest.write()
-    if not done:
-        raise UserError(f"--dataset {args.dataset}: no rows with text in split {args.split}")
-    print(f"{folder}: {done:,} rows in {len(manifest.content['shards'])} shards")
+    return done
 
 
 def add_shard(folder: Path, manifest: Manifest, texts: list[str], compression: str) -> int:
@@ -158,7 +166,8 @@ def add_shard(folder: Path, manifest: Manifest, texts: list[str], compression: s
 class Progress:
     """A line a shard: rows, rows a second, size, and the time left where the end is known."""
 
-    def __init__(self, done: int, wanted: int):
+    def __init__(self, done: int, wanted: int, bar: Any):
+        self.bar = bar
         self.before, self.wanted, self.size, self.since = done, wanted, 0, time.perf_counter()
 
     def show(self, done: int, added: int) -> None:
@@ -167,6 +176,7 @@ class Progress:
         self.size += added
         rate = (done - self.before) / max(time.perf_counter() - self.since, 1e-9)
         left = f", ETA {format_duration((self.wanted - done) / rate)}" if self.wanted and rate else ""
+        self.bar.clear()
         print(f"{done:,} rows, {rate:,.0f} rows/s, {self.size / 2**20:.1f} MiB{left}", flush=True)
 
 

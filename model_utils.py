@@ -264,7 +264,8 @@ def apply_replacements(
         copies[index] = layer.requires_grad_(True).train(student.training)
     rotary = copy.deepcopy(teacher.model.rotary_emb).to(weight.device)
     student.set_attention_layers(copies, copy.deepcopy(teacher.config), rotary)
-    log.info("layers %s replaced by the teacher's own", " ".join(map(str, chosen)) or "none")
+    if chosen:
+        log.info("layers %s replaced by the teacher's own", " ".join(map(str, chosen)))
     return student
 
 

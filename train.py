@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from arguments import Arguments, parse_arguments
 from run.flag_checks import validate
-from utils import UserError, complain, wait_passively
+from utils import UserError, complain, setup_logging, wait_passively
 
 if TYPE_CHECKING:
     from data import TextLoader
@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def on_ranks(args: Arguments) -> int:
     """Join the other ranks, if there are any, and run; the exit status."""
+    setup_logging(None if args.dry_run else args.log_file, rank=int(os.environ.get("RANK", "0")))
+    log.info("loading libraries ...")
     from hardware.ranks import RankFailed, launched
 
     try:
@@ -77,16 +79,17 @@ def distill(args: Arguments, ranks: "Ranks") -> int:
     from run.plan import stage_names
     from run.session import Session
     from run.signals import StopSignals
+    from run.terminal import SignOfLife, quiet_libraries, stands_at
     from run.written import tell_plan
     from trainer import run_stage
-    from utils import setup_logging
 
-    setup_logging(None if args.dry_run else args.log_file, rank=ranks.rank)
+    quiet_libraries()
     devices = ranks.together(lambda: check_devices(args, ranks))
     if args.deterministic:
         enable_determinism()
     seed_everything(args.seed)
     with contextlib.ExitStack() as held:
+        alive = held.enter_context(SignOfLife())
         lock = RunLock(Path(args.output_dir))  # the first rank's alone is taken; it alone writes
 
         def take_lock() -> None:
@@ -97,6 +100,7 @@ def distill(args: Arguments, ranks: "Ranks") -> int:
         signals = held.enter_context(StopSignals())
         signals.leave_at_once = True  # nothing to save before the first step
         begun = ranks.together(lambda: Beginning(args, ranks, lock))
+        alive.where = functools.partial(stands_at, begun.progress)
         advice = functools.partial(memory_advice, args)
         try:
             if begun.finished:

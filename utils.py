@@ -107,14 +107,27 @@ class BarAwareHandler(logging.StreamHandler):
             super().emit(record)
 
 
+def on_terminal() -> bool:
+    """True where bars are to be seen: the first rank's stderr is a terminal."""
+    return os.environ.get("RANK", "0") == "0" and sys.stderr.isatty()
+
+
+def progress_bar(description: str, total: int | None, unit: str = "", initial: int = 0) -> Any:
+    """A tqdm bar, for `with`, that goes when it is done; off a terminal it does nothing."""
+    from tqdm import tqdm
+
+    return tqdm(
+        desc=description, total=total, unit=unit, unit_scale=True, leave=False, initial=initial, dynamic_ncols=True,
+        disable=not on_terminal(),
+    )  # fmt: skip
+
+
 def setup_logging(log_file: str | None, *, rank: int = 0) -> None:
     """Time-stamped, flushed lines on stdout and in `log_file`; other ranks than the first only warn, by number.
 
     An error that nothing catches goes there too, so that its traceback is masked like every line.
     """
     main_process = rank == 0
-    if not (main_process and sys.stderr.isatty()):
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' too: a log stays clean lines
     handlers: list[logging.Handler] = [BarAwareHandler(sys.stdout)]
     if log_file and main_process:
         Path(log_file).expanduser().parent.mkdir(parents=True, exist_ok=True)
@@ -176,6 +189,9 @@ def format_line(figures: dict[str, Any]) -> str:
     ]
     if "train/kl" in figures:
         parts += [f"KL {figures['train/kl']:.4f}", f"top-1 {figures['train/top1_agreement']:.1%}"]
+    eta = f"ETA {format_duration(get('perf/eta_seconds', math.nan))}"
+    if get("perf/run_eta_seconds", 0.0) > 1.01 * get("perf/eta_seconds", math.nan):
+        eta += f" (whole run {format_duration(figures['perf/run_eta_seconds'])})"
     return ", ".join(
         [
             *parts,
@@ -183,7 +199,7 @@ def format_line(figures: dict[str, Any]) -> str:
             f"grad norm {get('train/grad_norm', math.nan):.3g}",
             f"{get('train/tokens_per_second', math.nan):,.0f} tokens/s",
             f"{get('perf/step_seconds', math.nan):.2f} s/step",
-            f"ETA {format_duration(get('perf/eta_seconds', math.nan))}",
+            eta,
             f"{get('perf/peak_memory_gib', math.nan):.1f} GiB",
         ]
     )

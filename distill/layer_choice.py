@@ -28,7 +28,7 @@ from data import TextLoader
 from distill.losses import chunked_kd_loss
 from models import LlambaForCausalLM
 from models.modeling_llamba import AttentionInputs
-from utils import UserError, write_whole
+from utils import UserError, progress_bar, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -119,16 +119,20 @@ class Hybrid:
 def rank_layers(hybrid: Hybrid) -> tuple[list[int], list[float], list[float]]:
     """(ranking, kl, alone) of `LayerChoice`; of equal candidates the deeper one gets its mixer first."""
     given, costs, alone = [], [hybrid.kl()], []  # type: list[int], list[float], list[float]
-    began = time.perf_counter()
-    while hybrid.replaced:
-        costs_of = {index: hybrid.kl_with_mixer(index) for index in sorted(hybrid.replaced, reverse=True)}
-        if not given:
-            alone = [costs_of[index] for index in sorted(costs_of)]
-            log.info("layer choice: about %.0f s", (time.perf_counter() - began) * (len(alone) + 1) / 2)
-        best = min(costs_of, key=lambda index: costs_of[index])
-        hybrid.give_mixer(best)
-        given.append(best)
-        costs.append(costs_of[best])
+    began, layers = time.perf_counter(), len(hybrid.replaced)
+    with progress_bar("layer choice", layers * (layers + 1) // 2) as bar:
+        while hybrid.replaced:
+            costs_of = {}
+            for index in sorted(hybrid.replaced, reverse=True):
+                costs_of[index] = hybrid.kl_with_mixer(index)
+                bar.update()
+            if not given:
+                alone = [costs_of[index] for index in sorted(costs_of)]
+                log.info("choosing layers, about %.0f s ...", (time.perf_counter() - began) * (layers + 1) / 2)
+            best = min(costs_of, key=lambda index: costs_of[index])
+            hybrid.give_mixer(best)
+            given.append(best)
+            costs.append(costs_of[best])
     return given[::-1], costs[::-1], alone
 
 
@@ -153,6 +157,7 @@ def choose_layers(
         log.info("layers %s, chosen before, from %s", " ".join(map(str, saved.layers)), path)
         return saved.layers
     began = time.perf_counter()
+    log.info("choosing %d layers of %d ...", count, len(teacher.model.layers))
     rows, valid, positions = first_rows(open_text(), tokens)
     student.eval()
     with torch.no_grad():

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from utils import UserError
+from utils import UserError, progress_bar
 
 if TYPE_CHECKING:
     import torch
@@ -76,9 +76,10 @@ def figures_of(
     import torch
 
     sums = torch.zeros(5, dtype=torch.float64)
-    with torch.no_grad():
+    with torch.no_grad(), progress_bar("held-out text", tokens, " tokens") as bar:
         for batch in batches:
             sums += sums_of(batch)
+            bar.update(min(int(sums[4]), tokens) - bar.n)
             if stop():
                 return {}
             if sums[4] >= tokens:

@@ -69,6 +69,7 @@ def try_step(args: Arguments, models: Models) -> None:
     """
     if not compiles(args):
         return
+    log.info("compiling: a trial step ...")
     micro_step = kd_micro_step(models.student_loss, models.teacher_states if args.kl_weight > 0 else None)
 
     def step() -> None:

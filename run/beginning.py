@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class Beginning:
             metadata = self.resumed.standing.metadata
             self.origins = Origins.recorded(metadata, vars(args), self.resumed.state.get("loader"))
         self.prompts = read_prompts(args.sample_prompts) if args.sample_prompts else PROMPTS
+        self.later_steps: Callable[[str], float] = lambda stage: 0.0  # see Forecast.later_steps
         self.status = 0  # the run's exit status, as far as is known
         self.tracker = Tracker(self.output_dir, main_process=ranks.is_first and not args.dry_run, held=lock.held)
         if self.resumed is not None:

@@ -58,11 +58,13 @@ def build_models(
     options: dict[str, Any] = dict(attn_implementation=args.attn_implementation, local_files_only=True)
     teacher: Any = None
     if inputs.teacher_need != "never":
+        log.info("loading the teacher %s ...", args.teacher_model)
         commit = text.origins.commits.get("teacher_model")
         fetch(args, "--teacher_model", args.teacher_model, weights=True, commit=commit)
         teacher = get_teacher_model(
             args.teacher_model, dtype=dtype, device=teacher_device, revision=commit, **options
         )
+    log.info("loading the student %s ...", student_source)
     commit = text.origins.commits.get("student_model")
     commit = fetch(args, "--student_model", student_source, weights=True, commit=commit)
     parameter_dtype = torch.float32 if dtype == torch.float16 else dtype
@@ -83,6 +85,7 @@ def build_models(
         apply_replacements(student, teacher, layers)
         student.config.teacher_model = args.teacher_model
         if student_source == FROM_TEACHER:
+            log.info("fitting the new mixers to some text ...")
             tokens = text.calibration_tokens(stage_names(args)[0])
             calibrate_mixers(student, teacher, tokens.to(teacher_device))
         if auto_layers(args.layers) is not None:
@@ -166,6 +169,7 @@ def build_sharded(
 ) -> Models:
     """`build_models` for FSDP2: sharded on the meta device, then each rank reads its own rows."""
     device, _ = devices
+    log.info("loading the models in shards ...")
     commits = dict(inputs.text.origins.commits)
     if inputs.teacher_need != "never":
         commit = commits.get("teacher_model")

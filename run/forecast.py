@@ -75,6 +75,13 @@ class Forecast:
             found[name] = operations * self.tokens(name) / (rate * self.ranks)
         return found
 
+    def later_steps(self, stage: str) -> float:
+        """How many steps of a stage take as long as all later stages, by their operations."""
+        operations, names = self.seconds(1.0), list(self.phases)
+        steps = self.phases[stage].total - self.done[stage]
+        later = sum(operations[name] for name in names[names.index(stage) + 1 :])
+        return later / (operations[stage] / steps) if steps else 0.0
+
     def rate(self, device: torch.device | None) -> tuple[float | None, str]:
         """(operations a second, where they are from): measured on `device` if it has room, else stated for a GPU."""
         rate = measured_rate(self.args, self.inputs, self.estimate, device) if device is not None else None
@@ -108,7 +115,7 @@ class Forecast:
         rate = getattr(args, RATES.get(name, "max_lr"))
         shape = [f"rate up to {rate:g}"]
         if phases.warmup:
-            shape.append(f"over {phases.warmup:,} steps")
+            shape.append(f"over {phases.warmup:,}")
         if phases.cooldown:
             shape.append(f"down to {args.min_lr:g} in the last {phases.cooldown:,}")
         about = "about " * bool(name == "stage1" and args.epochs)

@@ -59,6 +59,7 @@ class Session:
             self.progress.begin(stage.name, stage.total_steps)
             self._align(stage)
             self.begun.tracker.mark_stage(stage.name, self.progress.optimizer_step)
+        self.begun.tracker.bar.begin(stage.name, self.progress.stage_step, stage.total_steps)
         self.progress.stage_total, self.progress.stage_warmup = stage.total_steps, stage.warmup
         if stage.stretches != self.progress.stage_stretches:  # of another plan, or over steps of another size
             self.progress.stage_stretches = [list(stretch) for stretch in stage.stretches]

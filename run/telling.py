@@ -29,11 +29,13 @@ class Telling:
         self.tracker, self.prompts = begun.tracker, begun.prompts
         self.teachers_samples: list[str] = []
         self.bad_steps = begun.progress.bad_steps
+        self.later_steps: Callable[[str], float] = begun.later_steps
 
     def log_metrics(self, step: int, figures: dict[str, Any]) -> None:
         if not figures:  # of an evaluation that was cut short
             return
         if "train/loss" in figures:
+            figures = self._with_run_eta(figures)
             log.info(format_line(figures))
             self._tell_skipped(step, figures.get("train/bad_steps", 0))
         elif "eval/kl" in figures:
@@ -44,6 +46,13 @@ class Telling:
                 figures["eval/perplexity_ratio"],
             )
         self.tracker.log(figures, step=step)
+
+    def _with_run_eta(self, figures: dict[str, Any]) -> dict[str, Any]:
+        """With the seconds left of the whole run: later stages take as long as their operations say."""
+        left, later = figures.get("perf/eta_seconds"), self.later_steps(figures["stage"])
+        if left is None:
+            return figures
+        return {**figures, "perf/run_eta_seconds": left + later * figures["perf/step_seconds"]}
 
     def _tell_skipped(self, step: int, bad_steps: int) -> None:
         if bad_steps > self.bad_steps:
@@ -67,6 +76,7 @@ class Telling:
 
     def sample(self, progress: Progress) -> None:
         """Every `--sample_interval` steps: what student and teacher write, side by side."""
+        self.tracker.bar.step(progress)
         interval, step = self.args.sample_interval, progress.optimizer_step
         if interval and step % interval == 0:
             self._beside(lambda: self._sample(step) if self.prompts and self.ranks.is_first else None)

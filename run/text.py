@@ -39,6 +39,7 @@ class RunText:
 
         fresh: the run begins, so that layers may have to be chosen.
         """
+        log.info("looking at the text of %s ...", ", ".join(names))
         loaders = {name: self.loader(name) for name in names}
         if self.args.eval_dataset:
             self.held_out_loader()

@@ -3,42 +3,16 @@
 import json
 import logging
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from run.metrics_file import read_metrics
+from run.terminal import StageBar
 from run.wandb_run import WandbRun, start_wandb
 from utils import SAMPLES, write_whole
 
 log = logging.getLogger(__name__)
-
-
-class ProgressBar:
-    """A tqdm bar on a terminal; nothing at all elsewhere, so that a nohup log stays clean lines."""
-
-    def __init__(self, enabled: bool | None = None):
-        self.enabled = sys.stderr.isatty() if enabled is None else enabled
-        self.bar: Any = None
-
-    def show(self, figures: dict[str, Any]) -> None:
-        if not self.enabled:
-            return
-        from tqdm import tqdm
-
-        if self.bar is None or self.bar.desc != figures["stage"]:
-            self.close()
-            # the rate counts from where this process began, which on resume is not the stage's start
-            done, total = max(0, figures["stage_step"] - 1), figures["stage_total"]
-            self.bar = tqdm(desc=figures["stage"], initial=done, total=total, unit="step", dynamic_ncols=True)
-        self.bar.n, self.bar.total = figures["stage_step"], figures["stage_total"]
-        self.bar.refresh()
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
 
 
 class Tracker:
@@ -47,7 +21,7 @@ class Tracker:
     def __init__(self, output_dir: Path, *, main_process: bool = True, held: Callable[[], bool] = lambda: True):
         self.path = output_dir / "metrics.jsonl"
         self.main_process, self.held = main_process, held
-        self.bar = ProgressBar(None if main_process else False)
+        self.bar = StageBar(None if main_process else False)
         self.wandb: WandbRun | None = None
         self.wandb_id: str | None = None
         self.writable, self.last_mark, self.stages_begun = True, ("", -1), 0
@@ -82,8 +56,7 @@ class Tracker:
             if self.writable:  # a full disk is told once, not at every step
                 log.warning("metrics.jsonl could not be written: %s", error)
             self.writable = False
-        if "stage_step" in figures:
-            self.bar.show(figures)
+        self.bar.show(figures)
         if "stage_begins" not in figures:
             self._wandb(lambda run: run.log(figures, step=step))
 

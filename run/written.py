@@ -1,5 +1,6 @@
 """What a run says and writes of itself before its first step: its plan, and run.yaml, which repeats it."""
 
+import functools
 import logging
 from dataclasses import fields
 from pathlib import Path
@@ -21,13 +22,15 @@ CONFIG = "run.yaml"
 
 def tell_plan(args: Arguments, begun: Beginning, inputs: Inputs, names: list[str], device: torch.device) -> None:
     """The plan's lines in the log; in a dry run with every flag, and a step that is measured on `device`."""
+    forecast = Forecast.of(args, begun, inputs, names)
+    begun.later_steps = functools.cache(forecast.later_steps)
     if not begun.ranks.is_first:
         return
     if args.dry_run:
         flags = config_text(mask_secrets(in_order(args))).strip()
         log.info("flags:\n%s", flags)
     measured = device if args.dry_run and torch.device(args.device).type == device.type else None
-    for line in Forecast.of(args, begun, inputs, names).lines(measured):
+    for line in forecast.lines(measured):
         log.info("plan: %s", line)
     if args.dry_run:
         log.info("nothing was written; without --dry_run the run begins")

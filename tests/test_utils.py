@@ -1,5 +1,6 @@
 """Environment and tracking: devices, bars beside log lines, stage marks on resume, a W&B that fails."""
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -10,13 +11,17 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
+import time
 
 import pytest
 import torch
 
 from conftest import ROOT
 from hardware.devices import check_device
+from helpers import runs, warm
 from run.metrics_file import read_metrics
+from run.terminal import SignOfLife
 from run.tracking import Tracker
 from utils import UserError, library_versions, wait_passively
 
@@ -98,15 +103,43 @@ def test_other_ranks_write_nothing(tmp_path):
 SCRIPT = """
 import sys, logging
 sys.path.insert(0, {root!r})
-from run.tracking import ProgressBar
+from loop.forms import Progress
+from run.terminal import StageBar
 from utils import setup_logging
 setup_logging({log!r})
-bar = ProgressBar()
+bar = StageBar()
+bar.begin("stage1", 4, 9)
 for step in (5, 6, 7):
     logging.info("line %d", step)
-    bar.show({{"stage": "stage1", "stage_step": step, "stage_total": 9}})
+    bar.step(Progress(stage="stage1", stage_step=step, stage_total=9))
+    bar.show({{"train/loss": 2.0, "train/kl": 0.5, "train/tokens_per_second": 9635, "perf/run_eta_seconds": 7325}})
 bar.close()
 """
+
+
+@contextlib.contextmanager
+def terminal():
+    """(a terminal's end for a process, a function that returns all that it has shown once it has ended)."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 140, 0, 0))  # a bar needs columns
+    shown = []
+
+    def keep() -> None:
+        with contextlib.suppress(OSError):  # the terminal's other end is closed
+            while piece := os.read(ours, 65536):
+                shown.append(piece)
+
+    reader = threading.Thread(target=keep)
+    reader.start()
+
+    def read(process) -> str:
+        process.wait(60)
+        os.close(theirs)
+        reader.join()
+        return b"".join(shown).decode()
+
+    yield theirs, read
+    os.close(ours)
 
 
 def lines_of(output: str) -> list[str]:
@@ -117,27 +150,53 @@ def test_a_terminal_shows_whole_lines_beside_the_bar_and_a_log_shows_no_bar(tmp_
     command = [sys.executable, "-c", SCRIPT.format(root=str(ROOT), log=str(tmp_path / "log"))]
     plain = subprocess.run(command, capture_output=True, text=True, check=True)
     assert plain.stderr == "" and [line[-6:] for line in plain.stdout.splitlines()] == ["line 5", "line 6", "line 7"]
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # a bar needs columns
-    process = subprocess.Popen(command, stdout=theirs, stderr=theirs)
-    os.close(theirs)
-    output = b""
-    while True:
-        try:
-            piece = os.read(ours, 65536)
-        except OSError:  # the terminal's other end is closed
-            break
-        if not piece:
-            break
-        output += piece
-    os.close(ours)
+    with terminal() as (theirs, read):
+        process = subprocess.Popen(command, stdout=theirs, stderr=theirs)
+        text = read(process)
     assert process.wait() == 0
-    text = output.decode()
-    assert "stage1" in text and "7/9" in text
+    assert "stage1  44%" in text and "4/9" in text  # before the first step
+    assert "7/9" in text and "loss 2, KL 0.5, 9,635 tokens/s, 2:02:05 left" in text
     shown = [line for line in lines_of(text) if "line " in line]
     assert len(shown) == 3 and all("stage1" not in line for line in shown), shown
     kept = (tmp_path / "log").read_text()  # appended to: three lines of each run
     assert kept.count("\n") == 6 and "stage1" not in kept
+
+
+def test_a_run_on_a_terminal_and_under_nohup(tmp_path, tiny_teacher, sources):
+    """A bar a stage and one for held-out text, with the time that is left; lines alone without a terminal."""
+    flags = dict(eval_dataset=sources["heldout"], eval_interval=4, eval_tokens=256, layers="auto:1")
+    argv = runs.flags(tiny_teacher, sources, tmp_path / "run", choice_tokens=128, **flags)
+    with terminal() as (theirs, read):
+        name = os.ttyname(theirs)
+        process = warm.start("train.py", argv, name, environment={"COLUMNS": "140"})
+        text = read(process)
+    assert process.wait() == 0, text[-2000:]
+    for stage, steps in (("stage1", 8), ("stage2", 4)):
+        bars = [line for line in re.split("[\r\n]", text) if re.match(rf"{stage} +\d+%\|", line)]
+        assert f"0/{steps}" in bars[0] and f"{steps}/{steps}" in bars[-1] and "left" in bars[-1], "\n".join(bars)
+        assert "loss" in bars[-1] and "tokens/s" in bars[-1]
+    assert "held-out text: " in text and "layer choice: " in text
+    argv = runs.flags(tiny_teacher, sources, tmp_path / "again", choice_tokens=128, **flags)
+    warm.start("train.py", argv, tmp_path / "log").wait(60)
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in lines), lines
+    assert lines[0].endswith("loading libraries ...") and lines[-1].endswith("/final")
+    assert any("loading the teacher" in line for line in lines) and any("whole run" in line for line in lines)
+
+
+def test_a_silent_log_says_what_is_being_done(caplog):
+    with caplog.at_level("INFO"), SignOfLife(0.2) as alive:
+        logging.getLogger("x").info("loading the teacher ...")
+        time.sleep(0.7)
+        logging.getLogger("x").info("loaded")
+        alive.where = lambda: "stage1: step 3 of 9"
+        time.sleep(0.5)
+    told = [record.getMessage() for record in caplog.records if record.name == "run.terminal"]
+    assert told[0].startswith("still loading the teacher, 0:0") and told[-1].startswith("stage1: step 3 of 9")
+    assert 3 <= len(told) <= 6
+    count = len(caplog.records)
+    time.sleep(0.4)
+    assert len(caplog.records) == count
 
 
 def test_a_secret_in_a_log_line_is_masked(tmp_path, capsys):
