@@ -2,7 +2,7 @@
 
 import gc
 
-import matplotlib.figure  # noqa: F401
+import matplotlib.backends.backend_agg  # noqa: F401
 import pyarrow.parquet  # noqa: F401
 import pytest  # noqa: F401
 import pytorch_optimizer  # noqa: F401

@@ -2,7 +2,8 @@
 
 Each is a process of its own, with its own signals, environment, folder, exit status and log, and can be killed as any
 other; several ranks are several processes with torchrun's variables. What is read from the environment at import is
-the server's: `fits` says whether a process may be a fork of it.
+the server's: `fits` says whether a process may be a fork of it. A process with another Hub or other caches is a fork
+of a second server, which has imported torch and the like, but nothing that reads variables of the Hub.
 """
 
 import atexit
@@ -27,7 +28,10 @@ from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
-READ_AT_IMPORT = re.compile("(HF|HUGGINGFACE|TRANSFORMERS|TORCH|OMP(?!_WAIT_POLICY)|KMP|GOMP|MKL|PYTHON|LD|CUDA)_?")
+OF_THE_HUB = re.compile("HF|HUGGINGFACE|TRANSFORMERS")
+READ_AT_IMPORT = re.compile(f"({OF_THE_HUB.pattern}|TORCH|OMP(?!_WAIT_POLICY)|KMP|GOMP|MKL|PYTHON|LD|CUDA)_?")
+
+_pids: set[int] = set()  # of the servers that have been asked
 
 
 @functools.cache
@@ -35,50 +39,80 @@ def context() -> Any:
     """The context of forks of one server with everything imported, started by the first call."""
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(["helpers.preload"])
-    places = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     cache = tempfile.mkdtemp()  # for models' remote code
     atexit.register(shutil.rmtree, cache, ignore_errors=True)
-    own = {**_settings(), "OMP_NUM_THREADS": "1", "PYTHONPATH": places, "HF_MODULES_CACHE": cache}
+    own = {**_settings(), "OMP_NUM_THREADS": "1", "PYTHONPATH": _places(), "HF_MODULES_CACHE": cache}
     with mock.patch.dict(os.environ, own):
         forkserver.ensure_running()
     return found
 
 
 @functools.cache
+def _plainer() -> forkserver.ForkServer:
+    """The second server: without what reads variables of the Hub at import."""
+    context()
+    found = forkserver.ForkServer()
+    found.set_forkserver_preload(["helpers.preload_torch"])
+    with mock.patch.dict(os.environ, {**_settings(), "OMP_NUM_THREADS": "1", "PYTHONPATH": _places()}):
+        found.ensure_running()
+    return found
+
+
+def _places() -> str:
+    return os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+
+
+@functools.cache
 def _settings() -> dict[str, str]:
-    """What the server read of the environment at import."""
+    """What the servers read of the environment at import."""
     return {name: value for name, value in os.environ.items() if READ_AT_IMPORT.match(name)}
 
 
 @functools.cache
-def _server() -> int:
-    """The server's process id, once it has imported everything."""
+def _server_pid(plainer: bool) -> int:
+    """A server's process id, once it has imported everything."""
     with tempfile.NamedTemporaryFile("r") as file:
-        process = context().Process(target=_say_parent, args=(file.name,))
-        process.start()
+        module = "helpers.preload_torch" if plainer else "helpers.preload"
+        process = context().Process(target=_say_parent, args=(file.name, module))
+        _start(process, plainer)
         process.join()
-        assert process.exitcode == 0, "the server of warm processes has not imported everything"
+        assert process.exitcode == 0, f"the server of warm processes has not imported {module}"
         return int(file.read())
 
 
-def _say_parent(file: str) -> None:
-    assert "helpers.preload" in sys.modules  # the server passes over what it cannot import
+def _start(process: Any, plainer: bool) -> None:
+    if not plainer:
+        process.start()
+        return
+    with mock.patch.object(forkserver, "connect_to_new_process", _plainer().connect_to_new_process):
+        process.start()
+
+
+def _say_parent(file: str, module: str) -> None:
+    assert module in sys.modules  # the server passes over what it cannot import
     Path(file).write_text(str(os.getppid()))
 
 
 def cpu_seconds() -> float:
     """CPU seconds of all forks that have ended."""
-    if not _server.cache_info().currsize:
-        return 0.0
-    fields = Path(f"/proc/{_server()}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(_ended_seconds, _pids))
+
+
+def _ended_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[13]) + int(fields[14])) / os.sysconf("SC_CLK_TCK")  # cutime and cstime
 
 
 def fits(environment: dict[str, str]) -> bool:
     """Whether a fork is what a new process with this environment, beside that of the tests, would be."""
-    _settings()
+    return all(OF_THE_HUB.match(name) for name in _differing(environment))
+
+
+def _differing(environment: dict[str, str]) -> set[str]:
+    """Names of variables that are read at import and are others than a server's."""
+    servers = {"OMP_NUM_THREADS": "1", **_settings()}
     wanted = {name: value for name, value in {**os.environ, **environment}.items() if READ_AT_IMPORT.match(name)}
-    return {"OMP_NUM_THREADS": "1", **wanted} == {**_settings(), "OMP_NUM_THREADS": "1"}
+    return {name for name, _ in {"OMP_NUM_THREADS": "1", **wanted}.items() ^ servers.items()}
 
 
 class Process:
@@ -94,11 +128,12 @@ class Process:
         cwd: str | Path | None = None,
     ):
         """The result of `work(*arguments)`, a number or None, is the exit status. No `stderr`: to `stdout`."""
-        _server()
+        plainer = bool(_differing(environment or {}))
+        _pids.add(_server_pid(plainer))
         full = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
         outputs = str(stdout), str(stderr or stdout)
         self._process = context().Process(target=_work, args=(work, arguments, outputs, full, str(cwd or Path.cwd())))
-        self._process.start()
+        _start(self._process, plainer)
         self.pid: int = self._process.pid
 
     @property
