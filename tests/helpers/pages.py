@@ -5,22 +5,27 @@
             status, output = desk.run(block.code, block.language)
 
 A desk is a folder that looks like the repository, one shell for all blocks of a page, as in one terminal, and
-commands on PATH that make small what is large: `python`, `torchrun` and `nohup` are real, but scripts get further
-flags (`SMALL`), and a GPU's name becomes the CPU's. Models and text come from a loopback Hub under their own names.
+commands on PATH that make small what is large: `torchrun` and `nohup` are real, `python SCRIPT` is a warm process
+(`warm_python.py`), scripts get further flags (`SMALL`), and a GPU's name becomes the CPU's. Models and text come from
+a loopback Hub under their own names.
 """
 
 import contextlib
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from conftest import ROOT
+from helpers import warm
 
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")), "benchmarks/README.md"]
 SMALL = {
@@ -47,8 +52,10 @@ done
 case " $* " in
 {cases}
 esac
-exec "$REAL_PYTHON" {launcher} "$@"
+{launch}
 """
+REAL = 'exec "$REAL_PYTHON"'
+CLIENT = ROOT / "tests/helpers/warm_python.py"
 ENDED = "@@ the block ended with status"
 
 
@@ -80,10 +87,13 @@ def blocks(page: str) -> list[Block]:
 def write_commands(folder: Path) -> None:
     """`python` and `torchrun` for PATH, which hand on to the real ones."""
     cases = "\n".join(f'    *" {script} "*) set -- "$@" {flags} ;;' for script, flags in SMALL.items())
-    kinds = {"python": ("", ":"), "torchrun": ("-m torch.distributed.run", 'set -- "$@" --nproc_per_node=2')}
+    kinds = {
+        "python": (f'case "$1" in *.py) exec "$REAL_PYTHON" -S {CLIENT} "$WARM" "$@" ;; esac\n{REAL}', ":"),
+        "torchrun": (f"{REAL} -m torch.distributed.run", 'set -- "$@" --nproc_per_node=2'),
+    }
     folder.mkdir()
-    for name, (launcher, before) in kinds.items():
-        (folder / name).write_text(WRAPPER.format(before=before, cases=cases, launcher=launcher))
+    for name, (launch, before) in kinds.items():
+        (folder / name).write_text(WRAPPER.format(before=before, cases=cases, launch=f'{launch} "$@"'))
         (folder / name).chmod(0o755)
 
 
@@ -105,11 +115,16 @@ class Desk:
             "HF_TOKEN": "a-token",
             "PATH": f"{folder / 'bin'}:{beside}:{os.environ['PATH']}",
             "REAL_PYTHON": sys.executable,
+            "WARM": str(folder / "warm"),
             "OMP_NUM_THREADS": "1",
         }
 
     def __enter__(self) -> "Desk":
-        self.output = (self.scratch / "output").open("w")
+        self.output = (self.scratch / "output").open("a")  # as the warm processes do
+        self.requests = socket.socket(socket.AF_UNIX)
+        self.requests.bind(self.environment["WARM"])
+        self.requests.listen()
+        threading.Thread(target=self._answer, daemon=True).start()
         self.shell = subprocess.Popen(
             ["bash", "--noprofile", "--norc"],
             cwd=self.folder,
@@ -122,7 +137,13 @@ class Desk:
         self._type("set -m")  # jobs, as in a terminal
         return self
 
+    def _answer(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                threading.Thread(target=serve, args=(self.requests.accept()[0],), daemon=True).start()
+
     def __exit__(self, *error: Any) -> None:
+        self.requests.close()
         self.shell.kill()
         self.shell.wait()
         for process in Path("/proc").glob("[0-9]*/cwd"):
@@ -151,3 +172,15 @@ class Desk:
         assert self.shell.stdin is not None
         self.shell.stdin.write(f"{line}\n")
         self.shell.stdin.flush()
+
+
+def serve(line: socket.socket) -> None:
+    """Run what `warm_python.py` asks for on a connection, with its output for the output."""
+    with line, line.makefile("rw") as files:
+        asked = json.loads(files.readline())
+        stdout, stderr = (f"/proc/{asked['pid']}/fd/{number}" for number in (1, 2))
+        place = {"environment": asked["environment"], "cwd": asked["cwd"]}
+        process = warm.start(asked["script"], asked["flags"], stdout, stderr=stderr, **place)
+        with contextlib.suppress(BrokenPipeError):  # killed
+            print(process.pid, file=files, flush=True)
+            print(process.wait(), file=files, flush=True)
