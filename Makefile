@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 demo: $(VENV)/.ready
 	$(RUN) tests/demo.py
 
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # what takes under 5 s a test; `make test-all` is everything
 test: $(VENV)/.ready lint

@@ -28,8 +28,18 @@ TRANSFORMERS_MARKS = (  # of transformers' own common tests, see helpers/transfo
 )  # fmt: skip
 
 
+# Files that take longest, these first: two workers take a file each, and none should be left with a long one alone.
+COSTLIEST = (
+    "test_combinations.py", "test_docs.py", "test_parallel.py", "test_resume.py", "test_schedulers.py",
+    "test_model_downloads.py", "test_data.py", "test_rank_failures.py", "test_train.py", "test_acceleration.py",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(config, items):
     import torch
+
+    places = {name: place for place, name in enumerate(COSTLIEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
     if "combinations" not in config.option.markexpr:  # minutes of random rows: by name alone
         items[:] = [item for item in items if "combinations" not in item.keywords]
