@@ -41,7 +41,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     pairs = dict(type=whole(1, MOST_PAIRS), nargs="*", default=[8, 32, 128])
     add("--recall_pairs", **pairs, help="pairs in the recall contexts; none: skip")
     add("--recall_rows", type=whole(1), default=50, help="questions a recall task and length")
-    add("--speed_tokens", type=whole(0), default=64, help="tokens to generate for the speed figure; 0: skip")
+    add("--speed_tokens", type=whole(0), default=64, help="tokens to generate for the speed figures; 0: skip")
+    add("--speed_contexts", type=whole(1), nargs="+", default=[128, 1024], help="lengths of their prompts, in tokens")
+    add("--speed_batches", type=whole(1), nargs="+", default=[1], help="rows generated at once for them")
     add("--tasks", nargs="*", default=[], help="lm-evaluation-harness tasks")
     add("--include_path", default="", help="lm-evaluation-harness: folder with more tasks (YAML)")
     add("--limit", type=real(0, above=True), help="lm-evaluation-harness: rows (or share of rows) a task")
@@ -148,7 +150,7 @@ def own_figures(args: argparse.Namespace) -> dict[str, Any]:
     if args.recall_pairs:
         report["recall"] = recall_figures(models, tokenizer, args.recall_pairs, args.recall_rows, where)
     if args.speed_tokens:
-        report["tokens_per_second"] = speed_figures(models, tokenizer, args.speed_tokens, where)
+        report["generation"] = speed_figures(models, args.speed_batches, args.speed_contexts, args.speed_tokens)
     return report
 
 

@@ -1,35 +1,33 @@
-"""Generating with the student and the teacher at several lengths of context: speed, and what is remembered.
+"""Generating with the student and the teacher by length of context and number of rows: rate, first token, memory.
 
-python -m benchmarks.generate --preset 8b                                             random weights, on a GPU
+python -m benchmarks.generate --preset 8b --contexts 1024 32768 --batches 1 8 64      random weights, on a GPU
 python -m benchmarks.generate --model .cache/SmolLM2-135M-Instruct --device cpu       a teacher, and its student
 
-One model after the other, batch 1, random tokens: a prefill of the context as `generate()` makes it (logits of the
-last token alone), then decoding greedily, each timed on its own (the device is waited for) as the median of
-`--repeats` after one warm-up; decoding goes on from the prefill's cache, and its time a token is the median of
-`--decode` tokens. The cache is what is kept between tokens, in bytes, before decoding; the peak is what the process
-or the device's allocator held at most, weights included. With
-`--model` the student has `from_teacher`'s sizes.
+One model after the other, each as `generate` runs it fastest: the student as it comes, the teacher with a static
+cache and transformers' own compilation (on CUDA). `student-plain` and `teacher-plain` are without either. Random
+tokens, greedy, measured in a second call, after one that compiles. Where all rows together have more than
+`--read` tokens the prompt is not read: the cache is taken to hold zeros, and no first token is timed. The peak is
+what the process or the device's allocator held at most, weights included; `--memory` limits a device to so many GiB.
 """
 
 import argparse
 import gc
 import json
-import re
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, StaticCache
 
 from benchmarks.presets import preset
 from distill.initialization import student_config
+from evaluation.generation_speed import best_options, generation_figures
 from hardware.devices import default_dtype
 from model_utils import load_config
 from models import LlambaForCausalLM
+from models.fast_path import FastCache, decoder_of
+
+MODELS = ["teacher", "student", "teacher-plain", "student-plain"]
 
 
 def parse() -> argparse.Namespace:
@@ -38,23 +36,30 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="", help="a teacher's folder in place of --preset")
     parser.add_argument("--layers", type=int, nargs="*", help="student's attention layers (default: the preset's)")
     parser.add_argument("--contexts", type=int, nargs="*", default=[1024, 8192, 32768])
-    parser.add_argument("--decode", type=int, default=32, help="tokens to decode")
-    parser.add_argument("--repeats", type=int, default=3, help="timed prefills")
-    parser.add_argument("--models", nargs="*", default=["teacher", "student"], choices=["teacher", "student"])
+    parser.add_argument("--batches", type=int, nargs="*", default=[1])
+    parser.add_argument("--decode", type=int, default=64, help="tokens to decode")
+    parser.add_argument("--read", type=int, default=131072, help="most tokens of all prompts together that are read")
+    parser.add_argument("--models", nargs="*", default=MODELS[:2], choices=MODELS)
     parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--memory", type=float, default=0, help="GiB of the device to use at most; 0: all")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--json", default="", help="file to append the figures to")
+    parser.add_argument("--plot", default="", help="picture of rate and memory by context")
     return parser.parse_args()
 
 
 def build(name: str, args: argparse.Namespace) -> Any:
-    """The teacher or the hybrid student in eval mode; weights at random but for `--model`'s teacher."""
+    """The teacher or the hybrid student in eval mode; weights at random but for `--model`'s teacher.
+
+    Positions are raised where a context is longer than the teacher's.
+    """
     dtype = getattr(torch, args.dtype)
     sizes = preset("smollm2" if args.model else args.preset)
     if name == "teacher" and args.model:
         teacher: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="sdpa")
         return teacher.to(args.device).eval()
     config = load_config(args.model) if args.model else sizes.teacher
+    config.max_position_embeddings = max(config.max_position_embeddings, *(c + args.decode for c in args.contexts))
     torch.manual_seed(0)
     with torch.device(args.device), default_dtype(dtype):
         if name == "teacher":
@@ -71,101 +76,102 @@ def hybrid(student: Any, teacher: Any, layers: Any) -> Any:
     return student
 
 
-def cache_bytes(cache: Any) -> int:
-    """Bytes that a cache holds on to, whole storages counted."""
-    storages = {}
-    for layer in cache.layers:
-        for tensor in (layer.keys, layer.values):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    return sum(storages.values())
-
-
-def peak_bytes(cuda: bool, *, reset: bool = False) -> int:
-    """The most that the device's allocator, or else the process (Linux), has held since the last reset."""
-    if cuda:
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated()
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return int(found[1]) * 1024
-
-
-def seconds(run: Callable[[], Any], cuda: bool) -> tuple[float, Any]:
-    if cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    result = run()
-    if cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, result
+def options_for(name: str, batch: int, context: int, args: argparse.Namespace) -> Any:
+    """What makes `generate`'s further arguments: a cache of zeros where a prompt is too long to be read."""
+    if name.endswith("plain"):
+        return lambda model: {"disable_compile": True}
+    if batch * context <= args.read:
+        return best_options
+    return lambda model: {"past_key_values": cache_of_zeros(model, batch, context - 1, context + args.decode)}
 
 
 @torch.no_grad()
-def measure(model: Any, context: int, args: argparse.Namespace) -> dict[str, float]:
-    """Tokens/s of prefill and decoding, bytes of the cache, and the peak, at one length of context."""
-    cuda = args.device.startswith("cuda")
-    tokens = torch.randint(0, model.config.vocab_size, (1, context), device=args.device)
-    peak_bytes(cuda, reset=True)
+def cache_of_zeros(model: Any, batch: int, seen: int, capacity: int) -> Any:
+    """A cache as after `seen` tokens, of `batch` rows."""
+    if isinstance(model, LlambaForCausalLM):
+        cache: Any = FastCache(model, capacity)
+        cache.reserve(batch, capacity)
+        cache.advance(seen, None)
+        return cache
+    cache, config = StaticCache(config=model.config, max_cache_len=capacity), model.config
+    cache.early_initialization(batch, config.num_key_value_heads, config.head_dim, model.dtype, model.device)
+    for layer in cache.layers:
+        layer.cumulative_length.fill_(seen)
+    return cache
 
-    def prefill() -> Any:
-        return model(tokens, use_cache=True, logits_to_keep=1)
 
-    warm_up = 1 if cuda or context <= 1024 else 0  # on a CPU the first long prefill is no slower than the next
-    for _ in range(warm_up):
-        output = prefill()
-    times = []
-    for _ in range(args.repeats):
-        output = None  # one cache at a time
-        spent, output = seconds(prefill, cuda)
-        times.append(spent)
-    cache, kept = output.past_key_values, cache_bytes(output.past_key_values)
-    steps = []
-    following = output.logits[:, -1:].argmax(-1)
+def rows_of(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One model's figures, printed as they come; sizes that do not fit are said."""
+    model = build(name.split("-")[0], args)
+    rows = []
+    for context in args.contexts:
+        for batch in args.batches:
+            try:
+                row = generation_figures(model, batch, context, args.decode, options_for(name, batch, context, args))
+            except torch.OutOfMemoryError:
+                print(f"| {name} | {context:,} | {batch} | does not fit | | | |", flush=True)
+                continue
+            finally:
+                free(model)
+            if batch * context > args.read:
+                row["first_token_seconds"] = float("nan")
+            print(
+                f"| {name} | {context:,} | {batch} | {row['tokens_per_second']:,.1f} | "
+                f"{row['first_token_seconds'] * 1e3:,.1f} | {row['first_call_seconds']:.1f} | "
+                f"{row['peak_bytes'] / 2**30:.2f} |",
+                flush=True,
+            )
+            rows.append({"model": name, **row})
+    return rows
 
-    def step() -> Any:
-        return model(following, past_key_values=cache, use_cache=True)
 
-    for _ in range(args.decode + 2):
-        spent, output = seconds(step, cuda)
-        following = output.logits[:, -1:].argmax(-1)
-        steps.append(spent)
-    return {
-        "prefill_tokens_per_second": context / statistics.median(times),
-        "decode_tokens_per_second": 1 / statistics.median(steps[2:]),
-        "cache_bytes": kept,
-        "peak_bytes": peak_bytes(cuda),
-    }
+def free(model: Any) -> None:
+    """What the last size left: a model holds on to nothing but its weights."""
+    if isinstance(model, LlambaForCausalLM):
+        decoder_of(model).forget()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def plot(rows: list[dict[str, Any]], path: str) -> None:
+    """Rate and memory by context, a line for each model and number of rows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for name, batch in sorted({(row["model"], row["batch"]) for row in rows}):
+        of = [row for row in rows if (row["model"], row["batch"]) == (name, batch)]
+        contexts = [row["context"] for row in of]
+        axes[0].plot(contexts, [row["tokens_per_second"] for row in of], "o-", label=f"{name}, batch {batch}")
+        axes[1].plot(contexts, [row["peak_bytes"] / 2**30 for row in of], "o-")
+    axes[0].set(xlabel="context, tokens", ylabel="tokens a second, all rows", xscale="log", yscale="log")
+    axes[1].set(xlabel="context, tokens", ylabel="peak memory, GiB", xscale="log")
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
     args = parse()
     cuda = args.device.startswith("cuda")
+    if cuda and args.memory:
+        whole = torch.cuda.get_device_properties(args.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(args.memory * 2**30 / whole, args.device)
     place = torch.cuda.get_device_name(args.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{place}, torch {torch.__version__}, transformers {transformers.__version__}, {args.dtype}, batch 1")
-    print("| model | context | prefill tokens/s | decode tokens/s | cache MiB | peak GiB |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print(f"{place}, torch {torch.__version__}, transformers {transformers.__version__}, {args.dtype}")
+    print("| model | context | batch | tokens/s | first token ms | first call s | peak GiB |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    rows = []
     for name in args.models:
-        model = build(name, args)
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        for context in args.contexts:
-            row = measure(model, context, args)
-            print(
-                f"| {name} | {context:,} | {row['prefill_tokens_per_second']:,.0f} | "
-                f"{row['decode_tokens_per_second']:.1f} | {row['cache_bytes'] / 2**20:.1f} | "
-                f"{row['peak_bytes'] / 2**30:.2f} |",
-                flush=True,
-            )
-            if args.json:
-                figures = {"model": name, "context": context, "weights_bytes": weights, **row}
-                with open(args.json, "a", encoding="utf-8") as file:
-                    file.write(json.dumps({**vars(args), "place": place, **figures}) + "\n")
-        del model
-        gc.collect()
-        if cuda:
-            torch.cuda.empty_cache()
+        rows += rows_of(name, args)
+        free(None)
+        if args.json:
+            with open(args.json, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps({**vars(args), "place": place, **row}) + "\n" for row in rows)
+    if args.plot:
+        plot(rows, args.plot)
 
 
 if __name__ == "__main__":

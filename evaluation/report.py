@@ -11,12 +11,10 @@ def print_table(report: dict[str, Any]) -> None:
     """The report as aligned columns."""
     for name, value in report.get("held_out", {}).items():
         print(f"{name:<28}{value:>14.4f}")
-    for section in ("recall", "tokens_per_second"):
-        figures = report.get(section)
-        if not figures:
-            continue
-        print(f"\n{section:<28}{'student':>14}{'teacher':>14}")
-        rows = figures if section == "recall" else {"generate, batch 1": figures}
+    tables = {"recall": report.get("recall", {}), **generation_tables(report.get("generation", []))}
+    for title, rows in tables.items():
+        if rows:
+            print(f"\n{title:<28}{'student':>14}{'teacher':>14}")
         for name, pair in rows.items():
             print(f"{name:<28}{pair['student']:>14.3f}{pair['teacher']:>14.3f}")
     for task, figures in report.get("harness", {}).items():
@@ -25,11 +23,26 @@ def print_table(report: dict[str, Any]) -> None:
             print(f"  {name:<26}{value:>14.4f}")
 
 
+def generation_tables(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Titles to {size: {model: figure}}."""
+    figures = {
+        "generated tokens a second": ("tokens_per_second", 1.0),
+        "first token, ms": ("first_token_seconds", 1e3),
+        "peak, GiB": ("peak_bytes", 2.0**-30),
+    }
+    tables: dict[str, Any] = {title: {} for title in figures}
+    for title, (key, scale) in figures.items():
+        for row in rows:
+            size = f"context {row['context']}, batch {row['batch']}"
+            tables[title].setdefault(size, {})[row["model"]] = row[key] * scale
+    return tables
+
+
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Recall by number of pairs and speed, for both models; the held-out figures in the title."""
+    """Recall by number of pairs, rate and memory by context, for both models; the held-out figures in the title."""
     from matplotlib.figure import Figure  # pyplot, for windows, takes a quarter longer to import
 
-    panels = [name for name in ("recall", "tokens_per_second") if name in report]
+    panels = ["recall"] * ("recall" in report) + ["tokens_per_second", "peak_bytes"] * ("generation" in report)
     figure = Figure(figsize=(4 + 4 * len(panels), 4.5), layout="constrained")
     axes = figure.subplots(1, max(1, len(panels)), squeeze=False)
     colours = {"teacher": "tab:gray", "student": "tab:blue"}
@@ -37,9 +50,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         if name == "recall":
             draw_recall(report[name], axis, colours)
         else:
-            bars = axis.bar(list(colours), [report[name][model] for model in colours], color=list(colours.values()))
-            axis.bar_label(bars, fmt="%.1f")
-            axis.set(ylabel="generated tokens a second, batch 1")
+            draw_generation(report["generation"], name, axis, colours)
     if not panels:
         axes[0, 0].axis("off")
     held = report.get("held_out")
@@ -63,4 +74,19 @@ def draw_recall(recall: dict[str, Any], axis: "Axes", colours: dict[str, str]) -
     axis.minorticks_off()
     counts = sorted({int(name.split("/")[1]) for name in recall})
     axis.set_xticks(counts, [str(count) for count in counts])
+    axis.legend()
+
+
+def draw_generation(rows: list[dict[str, Any]], key: str, axis: "Axes", colours: dict[str, str]) -> None:
+    """Rate or memory by context: a line for each model and number of rows."""
+    scale = 2.0**-30 if key == "peak_bytes" else 1.0
+    for index, batch in enumerate(sorted({row["batch"] for row in rows})):
+        for model, colour in colours.items():
+            of = sorted(
+                (row["context"], row[key] * scale) for row in rows if (row["model"], row["batch"]) == (model, batch)
+            )
+            label = f"{model}, batch {batch}"
+            axis.plot(*zip(*of), marker="os^vD"[index % 5], color=colour, label=label)
+    axis.set(xlabel="context, tokens", ylabel="peak memory, GiB" if scale < 1 else "generated tokens a second")
+    axis.set_ylim(bottom=0)
     axis.legend()

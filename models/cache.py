@@ -102,6 +102,75 @@ class MixerState(CacheLayerMixin, LinearAttentionCacheLayerMixin):
             self.activate_past_recording()
 
 
+class Length:
+    """How many tokens a cache holds, shared by its layers."""
+
+    tokens = 0
+
+
+class FixedState(MixerState):
+    """A mixer's state in tensors that are given, for a `FastCache`: it counts the tokens itself."""
+
+    def __init__(self, keys: Tensor, values: Tensor, length: Length):
+        super().__init__()
+        self.keys, self.values, self.length = keys, values, length
+        self.dtype, self.device = keys.dtype, keys.device
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.keys.copy_(key_states)
+        self.values.copy_(value_states)
+        self.is_initialized = True
+        return self.keys, self.values
+
+    def advance(self, tokens: int) -> None:
+        """The cache does, after all layers."""
+
+    def get_seq_length(self, *args: Any) -> int:
+        return self.length.tokens
+
+
+class FixedKeyValues(CacheLayerMixin):
+    """Keys and values [b, h, capacity, w] of an attention layer in tensors that are given, for a `FastCache`."""
+
+    is_sliding = False
+
+    def __init__(self, keys: Tensor, values: Tensor, length: Length):
+        super().__init__()
+        self.keys, self.values, self.length = keys, values, length  # type: ignore[assignment]
+        self.dtype, self.device = keys.dtype, keys.device
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """There is nothing to make."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take keys and values [b, h, t, w] of the tokens at hand; returns those of all tokens so far."""
+        start, end = self.length.tokens, self.length.tokens + key_states.shape[2]
+        keys: Any = self.keys
+        values: Any = self.values
+        keys[:, :, start:end] = key_states
+        values[:, :, start:end] = value_states
+        self.is_initialized = True
+        return keys[:, :, :end], values[:, :, :end]
+
+    def get_seq_length(self) -> int:
+        return self.length.tokens
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        length = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.length.tokens + length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As a mixer's state: going back by nothing is allowed; raises NotImplementedError for anything else."""
+        if tokens_to_remove:
+            raise NotImplementedError("a fast cache cannot go back to an earlier token")
+
+
 def layers_with_states(cache: Cache | None, config: LlambaConfig) -> list[Any] | None:
     """The cache's layers, with a `MixerState` wherever a mixer stands and nothing is cached yet."""
     if cache is None:

@@ -13,6 +13,7 @@ from .configuration_llamba import LlambaConfig
 from .state_space import decay_dtype
 
 CONV_WIDTH = 4
+SMALL = 1 << 22  # entries of a weight: see `vector_product`
 
 
 class LlambaRMSNorm(nn.Module):
@@ -44,13 +45,24 @@ class LlambaMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
+def vector_product(linear: nn.Module, u: Tensor) -> Tensor:
+    """linear(u) for u [b, 1, d]; in a compiled step of one row, small weights are multiplied by what compiles to one
+    kernel with its surroundings: a library's takes 4 us however small they are, and is better where they are large.
+    """
+    one_row = torch.compiler.is_compiling() and u.shape[0] == u.shape[1] == 1
+    if not one_row or not isinstance(linear, nn.Linear) or linear.weight.numel() > SMALL:
+        return linear(u)
+    y = (linear.weight * u[0]).sum(-1)[None, None]
+    return y if linear.bias is None else y + linear.bias
+
+
 class FilledLinear(nn.Linear):
     """A linear map of any number of rows: where that is no multiple of 8, products with it would be slow."""
 
     def forward(self, u: Tensor, keep_fill: bool = False) -> Tensor:
         """u [b, t, d] -> [b, t, rows]; with `keep_fill` rows is rounded up to 8, and the last ones are zeros."""
         fill = -self.out_features % 8
-        if not fill:
+        if not fill or u.shape[-2] == 1:  # a token's time is that of reading weights: a filled copy would double it
             return super().forward(u)
         bias = None if self.bias is None else F.pad(self.bias, (0, fill))
         filled = F.linear(u, F.pad(self.weight, (0, 0, 0, fill)), bias)
@@ -68,6 +80,8 @@ class CausalConv1d(nn.Conv1d):
         t = padded.shape[1] - (CONV_WIDTH - 1)
         assert self.bias is not None
         weight = self.weight.to(padded.dtype)
+        if t == 1 and not torch.is_grad_enabled():
+            return (padded * weight[:, 0].T).sum(1, keepdim=True) + self.bias.to(padded.dtype)
         mixed = self.bias.to(padded.dtype) + weight[:, 0, -1] * padded[:, CONV_WIDTH - 1 :]
         documents = None if resets is None else F.pad(resets.long().cumsum(-1), (CONV_WIDTH - 1, 0))
         for shift in range(1, CONV_WIDTH):

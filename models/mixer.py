@@ -12,8 +12,8 @@ from transformers.activations import ACT2FN
 
 from .cache import MixerState
 from .configuration_llamba import LlambaConfig
-from .layers import CONV_WIDTH, CausalConv1d, FilledLinear
-from .state_space import decay_dtype, ssd_chunked, ssd_step
+from .layers import CONV_WIDTH, CausalConv1d, FilledLinear, vector_product
+from .state_space import decay_dtype, ssd_chunked, ssd_step, ssd_step_
 
 
 class LlambaMixer(nn.Module):
@@ -113,5 +113,31 @@ class LlambaMixer(nn.Module):
             # A copy: a view would keep the convolution's inputs of the whole prompt alive.
             cache.update(padded[:, -(CONV_WIDTH - 1) :].clone(), state)
             cache.advance(u.shape[1])
-        gate = F.silu(z if self.z_bias is None else z + self.z_bias.to(z.dtype))
-        return self.out_proj(y.flatten(2) * gate)
+        return self.out_proj(y.flatten(2) * self._gate(z))
+
+    def step(self, u: Tensor, keys: Tensor, values: Tensor, now: Tensor | None = None) -> Tensor:
+        """One token, u [b, 1, d] -> [b, 1, d], in few operations that fuse; what is kept changes where it stands.
+
+        keys [b, K-1, I+2GN]: the last inputs of the convolution; values [b, H, N, P]: the state; now bool [b, 1]:
+        False where the token is padding.
+        """
+        xBC, z, raw = vector_product(self.in_proj, u).split([self.d_conv, self.d_inner, self.n_v_heads], dim=-1)
+        if now is not None:
+            xBC = xBC * now[..., None]
+        window = torch.cat((keys, xBC), dim=1)  # [b, K, I+2GN]
+        mixed = self.activation(self.conv1d(window)[:, 0])
+        if now is not None:
+            mixed = mixed * now
+        keys.copy_(window[:, 1:])
+        groups = self.n_qk_heads * self.d_state
+        x, B, C = mixed.split([self.d_inner, groups, groups], dim=-1)
+        x = x.unflatten(-1, (self.n_v_heads, self.d_head))
+        B, C = (part.unflatten(-1, (self.n_qk_heads, self.d_state)) for part in (B, C))
+        log_decay, dt = self._log_decay(raw[:, 0])
+        if dt is not None:
+            B = (B * dt[..., None]).to(B.dtype)
+        y = ssd_step_(x, log_decay, B, C, self.D, values)
+        return vector_product(self.out_proj, y.flatten(1)[:, None] * self._gate(z))
+
+    def _gate(self, z: Tensor) -> Tensor:
+        return F.silu(z if self.z_bias is None else z + self.z_bias.to(z.dtype))

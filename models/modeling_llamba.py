@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
@@ -26,6 +27,7 @@ from .attention import (
 )
 from .cache import MixerState, layers_with_states
 from .configuration_llamba import LlambaConfig
+from .fast_path import FastCache, read_in_parts, wants_fast_path
 from .layers import LlambaMLP, LlambaRMSNorm
 from .mixer import LlambaMixer
 
@@ -41,6 +43,8 @@ __all__ = [
 ]
 
 logger = logging.get_logger(__name__)
+# What `generate` hands on for a token where nothing unusual is asked for.
+LEAN = {"next_sequence_length", "past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
 
 
 class LlambaBlock(GradientCheckpointingLayer):
@@ -163,6 +167,8 @@ class LlambaModel(LlambaPreTrainedModel):
             use_cache, past_key_values = False, None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        if isinstance(past_key_values, FastCache):
+            past_key_values.reserve(*hidden.shape[:2])
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         record = self.config.output_attentions if output_attentions is None else output_attentions
         calls = self._calls(hidden, position_ids, attention_mask, past_key_values, use_cache)
@@ -170,6 +176,8 @@ class LlambaModel(LlambaPreTrainedModel):
         attention = [self.layers[index] for index in self.config.attention_layers]
         with recorded_weights(attention, weights) if record else nullcontext():
             states = self._run(hidden, calls, keep)
+        if isinstance(past_key_values, FastCache):
+            past_key_values.advance(hidden.shape[1], attention_mask)
         return BaseModelOutputWithPast(
             last_hidden_state=states[-1],
             past_key_values=past_key_values,
@@ -275,17 +283,20 @@ class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
         """
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        output = self.backbone(
-            input_ids,
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            return_dict=True,
-        )
+        given = dict(input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids)
+        inputs: dict[str, Any] = dict(attention_mask=attention_mask, past_key_values=past_key_values, **given)
+        inputs["use_cache"] = use_cache
+        wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        recorded = any(getattr(self.config, key) if flag is None else flag for key, flag in wanted.items())
+        if past_key_values is not None and not recorded and not torch.is_grad_enabled():
+            if isinstance(past_key_values, FastCache) and labels is None:
+                logits = past_key_values.next_logits(self, inputs)
+                if logits is not None:
+                    return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+            kept = logits_to_keep if isinstance(logits_to_keep, int) else 0
+            output = read_in_parts(self.backbone, inputs, kept)
+        else:
+            output = self.backbone(**inputs, **wanted, return_dict=True)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, keep])
         loss = None
@@ -299,14 +310,37 @@ class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
             attentions=output.attentions,
         )
 
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """transformers' own; for a token on the fast path only what it takes, since the device waits meanwhile."""
+        cache, length = kwargs.get("past_key_values"), kwargs.get("next_sequence_length")
+        if isinstance(cache, FastCache) and length == 1 and cache.get_seq_length() and not kwargs.keys() - LEAN:
+            positions = kwargs.get("position_ids")
+            lean = dict(input_ids=input_ids[:, -1:], attention_mask=kwargs.get("attention_mask"), use_cache=True)
+            return lean | dict(
+                past_key_values=cache, position_ids=positions if positions is None else positions[:, -1:]
+            )
+        generation: Any = super()
+        return generation.prepare_inputs_for_generation(input_ids, *args, **kwargs)
+
     create_masks_for_generate = staticmethod(masks_for_generation)
 
-    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own; mixers' states are put in at once, since they know their length and what compiles."""
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *sizes: Any, **more: Any
+    ) -> Any:
+        """A `FastCache` where the call can take the fast path; else transformers' own, with mixers' states in it.
+
+        These are put in at once, since they know their length and what compiles.
+        """
         generation: Any = super()
-        result = generation._prepare_cache_for_generation(*args, **kwargs)
-        model_kwargs = kwargs.get("model_kwargs") or args[1]
-        layers_with_states(model_kwargs.get("past_key_values"), self.config)
+        given = model_kwargs.get("past_key_values")
+        if given is None and wants_fast_path(self, generation_config, generation_mode):
+            model_kwargs["past_key_values"] = FastCache(self, generation_config.max_length)
+            return None
+        result = generation._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, *sizes, **more
+        )
+        if not isinstance(given, FastCache):
+            layers_with_states(model_kwargs.get("past_key_values"), self.config)
         return result
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:

@@ -38,7 +38,8 @@ def evaluated(student, tiny_teacher, sources, run_script, tmp_path_factory):
     done = run_script(
         "evaluate.py", "--student", student, "--teacher", tiny_teacher, "--dataset_name", sources["heldout"],
         "--tokens", 3000, "--seq_length", 64, "--batch_size", 2, "--recall_pairs", 2, 5, "--recall_rows", 3,
-        "--speed_tokens", 8, "--device", "cpu", "--dtype", "float32", "--output_dir", output, cwd=output.parent,
+        "--speed_tokens", 8, "--speed_contexts", 12, "--speed_batches", 1, 2, "--device", "cpu", "--dtype", "float32",
+        "--output_dir", output, cwd=output.parent,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return output, done
@@ -87,9 +88,13 @@ def test_table_json_and_picture(evaluated):
     output, done = evaluated
     report = json.loads((output / "evaluation.json").read_text())
     assert set(report["recall"]) == {f"{task}/{pairs}" for task in PAIR_TASKS for pairs in (2, 5)}
-    for figures in (*report["recall"].values(), report["tokens_per_second"]):
+    for figures in report["recall"].values():
         assert figures.keys() == {"student", "teacher"}
-    assert min(report["tokens_per_second"].values()) > 0
+    rows = {(row["model"], row["batch"], row["context"]): row for row in report["generation"]}
+    assert rows.keys() == {(name, batch, 12) for name in ("student", "teacher") for batch in (1, 2)}
+    assert all(row["tokens_per_second"] > 0 and row["peak_bytes"] > 2**20 for row in rows.values())
+    assert all(0 < row["first_token_seconds"] < row["first_call_seconds"] for row in rows.values())
+    assert re.search(r"^context 12, batch 2 +\d+\.\d+ +\d+\.\d+$", done.stdout, re.M)
     assert report["flags"]["seq_length"] == 64
     rows = dict(re.findall(r"^(\S+) +([\d.]+)$", done.stdout, re.M))
     for name, value in report["held_out"].items():
