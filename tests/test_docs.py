@@ -14,6 +14,7 @@ import torch
 import download_fineweb_all
 import download_fineweb_subset
 import evaluate
+import export
 from arguments import parse_arguments
 from conftest import ROOT, tiny_llama_config
 from helpers import runs
@@ -25,6 +26,7 @@ NOT_RUN = {
     "make demo": "the demo itself takes minutes, the suite would run itself",
     "pip install -r requirements.txt": "installs packages and asks for an account",
     "--tasks arc_easy": "needs lm-evaluation-harness and its data; tests/evaluation/test_evaluate.py runs both",
+    "vllm serve": "needs vLLM; tests/engines.sh runs it",
     "docs/schedulers.md": "needs a scheduler; tests/run/test_schedulers.py parses and runs its files",
 }
 # What is done before a block and after it, where a reader would wait, or knows what he has.
@@ -44,6 +46,7 @@ AFTER = {
 PARSERS = {
     "train.py": parse_arguments,
     "evaluate.py": evaluate.parse,
+    "export.py": export.parse,
     "download_fineweb_subset.py": download_fineweb_subset.parse,
     "download_fineweb_all.py": download_fineweb_all.parse,
 }
