@@ -115,6 +115,7 @@ def run_stage(stage: Stage, progress: Progress, services: Services) -> bool:
         if stage.open_ended and not coming.stopped:
             _evaluate_at_the_end(services, progress, journal)
             if services.save_stable is not None and _ends_stable(stage, progress):
+                progress.stage_done = True
                 _save(stage, progress, services.save_stable, meter, watch, journal)
         watch.flush()
         check.flush()

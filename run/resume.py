@@ -7,7 +7,6 @@ construction `stable-<stage>`, the state at the end of the stable phase.
 """
 
 import logging
-from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -90,6 +89,11 @@ class Standing:
         """True from the first step of the cooldown on: no longer stage comes through here."""
         return self.progress.stage_cooled > 0
 
+    def warmup_is_bounded(self, flags: Flags) -> bool:
+        """True where `--min_lr` lifts steps of its stage's warm-up."""
+        stage, warmup = self.progress.stage, self.progress.stage_warmup
+        return flags["min_lr"] * warmup > flags[f"{stage}_lr" if stage in ("matrix", "hidden") else "max_lr"]
+
 
 @dataclass(frozen=True)
 class Start:
@@ -99,6 +103,7 @@ class Start:
     finished: bool = False  # there is nothing to do
     lengthens: bool = False  # goes on in its stage even if that had ended
     changes: tuple[Change, ...] = ()
+    even: tuple[Change, ...] = ()  # that cancel out
 
 
 def with_defaults(flags: Flags) -> Flags:
@@ -113,16 +118,14 @@ def is_longer(before: Length | None, after: Length | None) -> bool:
     return after[1] > before[1] if after[0] == before[0] else True
 
 
-def changed_flags(
-    saved: Flags, current: Flags, *, ignore: Collection[str] = (), layers: list[int] | None = None
-) -> list[Change]:
+def changed_flags(saved: Flags, current: Flags, *, layers: list[int] | None = None) -> list[Change]:
     """Flags that change the result or the length, and differ, by name; `layers` are the student's own.
 
     A flag that a checkpoint does not know yet was at its default. Flags of stages that neither run has are passed
     over, and those of a stage that is added only make the run longer.
     """
     masked, saved = mask_secrets(current), with_defaults(saved)
-    names = sorted((RESULT_FLAGS & current.keys()).difference(ignore))
+    names = sorted(RESULT_FLAGS & current.keys())
     before, after = stage_lengths(saved), stage_lengths(masked)
     changes = []
     for name in names:
@@ -168,25 +171,27 @@ class _Choice:
 
     def __init__(self, newest: Standing, current: Flags, world_size: int, force: bool):
         self.newest, self.current, self.world_size, self.force = newest, current, world_size, force
-        self.changes = self._changes(newest)
+        self.changes, self.even = self._changes(newest)
         self.plan, self.before = stage_lengths(current), stage_lengths(newest.flags)
         self.longer = [stage for stage in self.plan if is_longer(self.before.get(stage), self.plan[stage])]
         later = STAGES[STAGES.index(newest.progress.stage) + 1 :]
         is_last = not any(stage in self.before or stage in self.plan for stage in later)
         self.is_over = newest.finished or (newest.progress.stage_done and is_last)
-        self.cools_again = self.is_over and any(change.name in COOLDOWN_FLAGS for change in self.changes)
+        cooled = newest.progress.stage_cooled > 0  # a pass may end before
+        self.cools_again = self.is_over and cooled and any(c.name in COOLDOWN_FLAGS for c in self.changes)
 
-    def _changes(self, standing: Standing) -> list[Change]:
+    def _changes(self, standing: Standing) -> tuple[list[Change], list[Change]]:
+        """What differs, and what differs but cancels out: as many sequences a step in other batches."""
         same = standing.sequences_a_step == sequences_a_step(self.current, self.world_size)
-        ignored = ("batch_size", "grad_accumulation_steps") if same else ()
-        layers = standing.metadata.get("attention_layers")
-        return changed_flags(standing.flags, self.current, ignore=ignored, layers=layers)
+        even = ("batch_size", "grad_accumulation_steps") if same else ()
+        found = changed_flags(standing.flags, self.current, layers=standing.metadata.get("attention_layers"))
+        return [c for c in found if c.name not in even], [c for c in found if c.name in even]
 
     def start(self) -> Start:
         newest = self.newest
         self._refuse([change for change in self.changes if change.rule.kind == "never"])
         if not self.changes:
-            return Start(newest.folder, newest.finished)
+            return Start(newest.folder, newest.finished, even=tuple(self.even))
         if self.is_over and not self.longer and not self.cools_again:
             raise UserError(
                 f"--resume: {newest.folder} was made with other flags: {self._listed()}; its run is finished and has "
@@ -207,8 +212,11 @@ class _Choice:
                 "%s: up to here a run planned so would have been the same, so it goes on from here", chosen.folder
             )
         stage = chosen.progress.stage
+        again = (self.cools_again or self.longer) and any(change.name == "min_lr" for change in self.changes)
+        if again and any(chosen.warmup_is_bounded(flags) for flags in (chosen.flags, self.current)):
+            log.warning("%s: --min_lr bounds its warm-up, which in a run planned so would differ", chosen.folder)
         lengthens = is_longer(stage_lengths(chosen.flags)[stage], self.plan[stage])
-        return Start(chosen.folder, lengthens=lengthens, changes=tuple(self.changes))
+        return Start(chosen.folder, lengthens=lengthens, changes=tuple(self.changes), even=tuple(self.even))
 
     def _listed(self) -> str:
         return "; ".join(map(str, self.changes))
@@ -238,7 +246,7 @@ class _Choice:
         own, stage = stage_lengths(standing.flags), standing.progress.stage
         before = STAGES[: STAGES.index(stage)]
         same_stages = all(own.get(name) == self.plan.get(name) for name in before)
-        return same_stages and {change.name for change in self._changes(standing)} <= allowed
+        return same_stages and {change.name for change in self._changes(standing)[0]} <= allowed
 
     def _found(self) -> Standing:
         """The checkpoint that shares most with the plan; by force one that has cooled down, if there is no other."""

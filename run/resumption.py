@@ -48,6 +48,8 @@ class Resumption:
     def _tell(self) -> None:
         for change in self.start.changes:
             log.info("changed from here on: %s (%s)", change, change.rule.effect)
+        for change in self.start.even:
+            log.info("changed from here on: %s (a step takes as many sequences)", change)
         before, now = self.standing.sequences_a_step, sequences_a_step(vars(self.args), self.ranks.world_size)
         if before != now:
             log.warning(

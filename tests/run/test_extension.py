@@ -6,10 +6,12 @@ import pytest
 import torch
 
 import train
+from arguments import parse_arguments
 from checkpoints.run_state import read_metadata
 from helpers import runs
 from helpers.checkpoint_tools import flip_bit
 from run import saving
+from run.resume import choose_start
 
 pytestmark = pytest.mark.slow
 
@@ -188,6 +190,44 @@ def test_a_second_cooldown(tmp_path, run, ended):
             expected = [1e-3] * 6 + [1e-3 * (1 - (k / 6) ** 0.5) for k in (4, 5)] + [1e-5]
             assert rates(output)[1:7] == expected[:6]
             assert rates(output)[7:] == pytest.approx(expected[6:])
+
+
+def start_of(ended, tiny_teacher, sources, **options):
+    argv = runs.flags(tiny_teacher, sources, ended, **{**ALONE, **options})
+    return choose_start(ended / "checkpoint-10", vars(parse_arguments(argv)), world_size=1, force=True)
+
+
+@pytest.mark.parametrize(("least", "bounds"), [("2e-5", False), ("6e-4", True)])
+def test_a_least_rate_that_bounds_the_warmup_is_said(ended, tiny_teacher, sources, caplog, least, bounds):
+    """Its first step took half the highest rate: a run with a least rate above that would have begun otherwise."""
+    start = start_of(ended, tiny_teacher, sources, min_lr=least)
+    assert start.folder == ended / "stable-stage1"
+    assert ("--min_lr bounds its warm-up" in caplog.text) == bounds
+
+
+def test_batches_that_are_as_large_a_step_are_listed(tmp_path, run, tiny_teacher, sources):
+    """They need no force, and no others are taken for such."""
+    options = {**ALONE, "batch_size": 4, "max_steps": 4}
+    assert run(tmp_path / "run", **options, save_interval=2, keep_checkpoints=9)[0] == 0
+    runs.copy_up_to(tmp_path / "run", "checkpoint-2", tmp_path / "again")
+    other = {**options, "batch_size": 2, "grad_accumulation_steps": 2}
+    status, text = run(tmp_path / "again", **other)
+    assert status == 0 and len(rates(tmp_path / "again")) == 4, text
+    for flag in ("--batch_size was 4 and is 2", "--grad_accumulation_steps was 1 and is 2"):
+        assert f"changed from here on: {flag} (a step takes as many sequences)" in text
+    assert run(tmp_path / "run", **other)[0] == 0  # finished: nothing to do
+    assert run(tmp_path / "run", **{**other, "batch_size": 3})[0] == 2
+
+
+def test_a_pass_that_ended_before_its_cooldown_cannot_cool_down_again(tmp_path, run, sources, documents):
+    short = tmp_path / "short.jsonl.gz"
+    runs.write_rows(short, [{"text": text[:150]} for text in documents[10:14]])
+    options = {**ALONE, "dataset_name": short, "epochs": 1, "epoch_step_hint": 40}
+    assert run(tmp_path / "run", **options)[0] == 0
+    for resume in ("auto", tmp_path / "run" / "stable-stage1"):
+        status, text = run(tmp_path / "run", **{**options, "decay_ratio": 0.1}, resume=resume, resume_force=True)
+        lines = [line for line in text.splitlines() if line.startswith("error:")]
+        assert status == 2 and len(lines) == 1 and "no step left for them" in lines[0], text
 
 
 def test_without_a_stable_checkpoint(tmp_path, run):
