@@ -2,6 +2,7 @@
 
 import gc
 
+import datasets  # noqa: F401
 import matplotlib.backends.backend_agg  # noqa: F401
 import pyarrow.parquet  # noqa: F401
 import pytest  # noqa: F401
@@ -10,6 +11,7 @@ import torch.distributed.fsdp  # noqa: F401
 import transformers.models.auto.modeling_auto
 import transformers.models.auto.tokenization_auto
 import transformers.models.llama.modeling_llama  # noqa: F401
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import evaluate  # noqa: F401
 import plot_metrics  # noqa: F401
@@ -17,5 +19,6 @@ import run.session
 import run.stages  # noqa: F401
 import train  # noqa: F401
 
+get_checkpoint_conversion_mapping("llama")  # 0.8 s of compiled patterns, made once
 gc.collect()
 gc.freeze()  # no fork walks through, and so copies, what is imported here

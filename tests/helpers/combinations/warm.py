@@ -1,6 +1,6 @@
 """Runs of `train.main` in warm processes (`helpers/warm.py`) that send themselves signals at lines of their log.
 
-Only the picture at a run's end is not drawn.
+Only the picture at a run's end is not drawn, and less text is tokenised ahead than a tiny run ever takes.
 """
 
 import logging
@@ -34,7 +34,9 @@ def call(work: Callable[..., Any], arguments: Sequence[Any], log: Path, *, timeo
 
 
 def _train(flags: list[str], at: Sequence[At]) -> int:
+    import data
     import run.saving
+    import text.packing
     import train
 
     plain, waiting = logging.getLogRecordFactory(), list(at)
@@ -47,5 +49,9 @@ def _train(flags: list[str], at: Sequence[At]) -> int:
         return record
 
     logging.setLogRecordFactory(watched)
-    with mock.patch.object(run.saving, "plot_runs"):  # half of a tiny run's time
+    with (
+        mock.patch.object(run.saving, "plot_runs"),  # half of a tiny run's time
+        mock.patch.object(text.packing, "MOST_CHARACTERS", 2000),
+        mock.patch.object(data, "POLL", 0.02),
+    ):
         return train.main(flags)
