@@ -63,6 +63,9 @@ class ModelsFlags:
     )
     no_z_bias: bool = flag(False, "from_teacher: a gate without a bias")
     choice_tokens: int = flag(8192, "tokens of stage 1 or --choice_dataset for auto:K", parse=whole(1))
+    choice_recall_share: float = flag(
+        0.5, "share of choice_tokens that are generated and ask for memory; 0: none", parse=real(0, maximum=1)
+    )
     choice_dataset: str = flag("", "text for auto:K other than stage 1's: hub id, folder or file")
     freeze_mlp: bool = flag(False, "do not train the MLPs")
     freeze_replaced_layers: bool = flag(False, "do not train the replaced layers")

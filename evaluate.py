@@ -40,7 +40,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch_size", type=whole(1), default=4, help="sequences a forward pass")
     pairs = dict(type=whole(1, MOST_PAIRS), nargs="*", default=[8, 32, 128])
     add("--recall_pairs", **pairs, help="pairs in the recall contexts; none: skip")
-    add("--recall_rows", type=whole(1), default=50, help="questions a recall task and length")
+    lengths = dict(type=whole(128), nargs="*", default=[256, 1024, 4096])
+    add("--recall_lengths", **lengths, help="tokens of the ten recall tasks' contexts; none: skip")
+    add("--recall_rows", type=whole(1), default=500, help="questions a recall task and length")
+    add("--recall_generated", type=whole(0), default=100, help="of these, those that are answered by generating too")
     add("--speed_tokens", type=whole(0), default=64, help="tokens to generate for the speed figures; 0: skip")
     add("--speed_contexts", type=whole(1), nargs="+", default=[128, 1024], help="lengths of their prompts, in tokens")
     add("--speed_batches", type=whole(1), nargs="+", default=[1], help="rows generated at once for them")
@@ -69,15 +72,22 @@ def validate(args: argparse.Namespace) -> Path:
         raise UserError("--tasks needs lm-evaluation-harness: pip install -r requirements-eval.txt")
     if args.include_path and not Path(args.include_path).is_dir():
         raise UserError(f"--include_path {args.include_path}: no such folder")
-    if not (args.dataset_name or args.recall_pairs or args.speed_tokens or args.tasks):
-        raise UserError("nothing to measure: give --dataset_name, --recall_pairs, --speed_tokens or --tasks")
+    if not (args.tasks or measures_itself(args)):
+        raise UserError(
+            "nothing to measure: give --dataset_name, --recall_pairs, --recall_lengths, --speed_tokens or --tasks"
+        )
     return output
+
+
+def measures_itself(args: argparse.Namespace) -> bool:
+    """True where there are figures to take other than the harness'."""
+    return bool(args.dataset_name or args.recall_pairs or args.recall_lengths or args.speed_tokens)
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Every figure that the flags ask for."""
     report: dict[str, Any] = {"student": args.student, "teacher": args.teacher, "flags": vars(args)}
-    if args.dataset_name or args.recall_pairs or args.speed_tokens:
+    if measures_itself(args):
         report |= own_figures(args)  # both models are gone when it returns
     if args.tasks:
         report["harness"] = harness_figures(
@@ -116,7 +126,8 @@ def own_figures(args: argparse.Namespace) -> dict[str, Any]:
 
     from evaluation.generation_speed import speed_figures
     from evaluation.held_out import held_out_figures
-    from evaluation.recall import recall_figures
+    from evaluation.recall import recall_answers, recall_cells
+    from evaluation.recall_summary import recall_summary
     from hardware.devices import check_device
     from hub.model_files import fetch_model
     from model_utils import (
@@ -147,8 +158,11 @@ def own_figures(args: argparse.Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {}
     if args.dataset_name:
         report["held_out"] = held_out_figures(student, teacher, itertools.chain(first, batches), args.tokens, where)
-    if args.recall_pairs:
-        report["recall"] = recall_figures(models, tokenizer, args.recall_pairs, args.recall_rows, where)
+    if args.recall_pairs or args.recall_lengths:
+        lengths = [length for length in args.recall_lengths if length <= teacher_config.max_position_embeddings]
+        cells = recall_cells(tokenizer, args.recall_pairs, lengths, args.recall_rows)
+        answers = [recall_answers(model, tokenizer, cells, where, args.recall_generated) for model in models.values()]
+        report["recall"], report["recall_share"] = recall_summary(cells, *answers)
     if args.speed_tokens:
         report["generation"] = speed_figures(models, args.speed_batches, args.speed_contexts, args.speed_tokens)
     return report

@@ -48,8 +48,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seq_length", type=int, default=1024, help="tokens a sequence")
     add("--evaluations", type=int, default=10, help="held-out evaluations on the way")
     add("--eval_tokens", type=int, default=100_000, help="tokens of each; the last figures take the whole file")
-    add("--recall_pairs", type=int, nargs="*", default=[8, 32, 128], help="pairs in the recall contexts; none: skip")
-    add("--recall_rows", type=int, default=50, help="questions a recall task and length")
+    add("--recall_pairs", type=int, nargs="*", default=[8, 32], help="pairs in the recall contexts; none: skip")
+    add("--recall_lengths", type=int, nargs="*", default=[256, 1024], help="tokens of the ten tasks' contexts")
+    add("--recall_rows", type=int, default=500, help="questions a recall task and length")
     add("--device", default="cuda:0", help="torch device")
     add("--dtype", default="bfloat16", help="dtype of train.py")
     add("--minutes", type=float, default=0, help="start no experiment that would end after this time; 0: no limit")
@@ -121,40 +122,39 @@ class Judge:
 
     def __init__(self, bench: argparse.Namespace):
         import evaluate
+        from evaluation.recall import recall_answers, recall_cells
         from hardware.devices import check_device
         from model_utils import get_teacher_model, get_tokenizer
 
-        pairs = ["--recall_pairs", *map(str, bench.recall_pairs)]
         self.args = evaluate.parse(
-            ["--student", "", "--teacher", bench.teacher, "--seq_length", str(bench.seq_length), "--batch_size", "8",
-             "--recall_rows", str(bench.recall_rows), *pairs]
+            ["--student", "", "--teacher", bench.teacher, "--seq_length", str(bench.seq_length), "--batch_size", "8"]
         )  # fmt: skip
         import torch
 
         self.valid, self.device, self.dtype = bench.valid, check_device(bench.device), getattr(torch, bench.dtype)
         self.tokenizer = get_tokenizer(bench.teacher)
         self.teacher = get_teacher_model(bench.teacher, dtype=self.dtype, device=self.device)
-        self.recall = self.recall_of({"teacher": self.teacher})
-
-    def recall_of(self, models: dict[str, Any]) -> dict[str, Any]:
-        from evaluation.recall import recall_figures
-
-        return recall_figures(models, self.tokenizer, self.args.recall_pairs, self.args.recall_rows, self.device)
+        self.cells = recall_cells(self.tokenizer, bench.recall_pairs, bench.recall_lengths, bench.recall_rows)
+        self.answers = recall_answers(self.teacher, self.tokenizer, self.cells, self.device)
 
     def figures(self, folder: Path) -> dict[str, Any]:
         """Held-out figures over the whole file, and recall of student and teacher."""
         import evaluate
         from evaluation.held_out import held_out_figures
+        from evaluation.recall import recall_answers
+        from evaluation.recall_summary import recall_summary
         from model_utils import get_student_model
 
         student = get_student_model(str(folder), self.teacher, dtype=self.dtype, device=self.device).eval()
         batches = evaluate.held_out_batches(self.args, self.valid, self.tokenizer)
         held_out = held_out_figures(student, self.teacher, batches, 2**62, self.device)
-        recall = self.recall_of({"student": student})
+        answers = recall_answers(student, self.tokenizer, self.cells, self.device)
+        recall, shares = recall_summary(self.cells, answers, self.answers)
         return {
             "attention_layers": student.config.attention_layers,
             "held_out": held_out,
-            "recall": {task: {**found, **self.recall[task]} for task, found in recall.items()},
+            "recall": recall,
+            "recall_share": shares,
         }
 
 
@@ -235,22 +235,34 @@ def read_results(folder: Path) -> dict[str, dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table, a row an experiment."""
-    tasks = list(dict.fromkeys(task for row in rows for task in row["recall"]))
+    tasks = list(dict.fromkeys(task for row in rows for task in row["recall"] if "/" in task))
     teacher = next((row["recall"] for row in rows if row["recall"]), {})
     heads = ["experiment", "attention layers", "million tokens", "KL", "top-1", "perplexity ratio"]
-    heads += ["tokens/s by stage", *tasks]
+    heads += ["tokens/s by stage", "recall share", "never trained", *tasks]
     lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     for row in rows:
         held = row["held_out"]
         speeds = ", ".join(f"{stage} {found['tokens_per_second']:,.0f}" for stage, found in row["stages"].items())
         layers = " ".join(map(str, row["attention_layers"])) or "none"
         tokens = sum(found["tokens"] for found in row["stages"].values()) / 1e6
+        shares = [row.get("recall_share", {}).get(group, {}).get("share") for group in ("all", "never_trained")]
         cells = [row["name"], layers, f"{tokens:.1f}", f"{held['kl']:.4f}", f"{held['top1_agreement']:.1%}"]
-        cells += [f"{held['perplexity_ratio']:.3f}", speeds]
+        cells += [f"{held['perplexity_ratio']:.3f}", speeds, *("" if s is None else f"{s:.1%}" for s in shares)]
         cells += [f"{row['recall'][task]['student']:.0%}" if task in row["recall"] else "" for task in tasks]
         lines.append("| " + " | ".join(cells) + " |")
     if teacher:
-        cells = ["teacher", "all", "", "0", "100%", "1", "", *(f"{teacher[t]['teacher']:.0%}" for t in tasks)]
+        cells = [
+            "teacher",
+            "all",
+            "",
+            "0",
+            "100%",
+            "1",
+            "",
+            "100%",
+            "100%",
+            *(f"{teacher[t]['teacher']:.0%}" for t in tasks),
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n\n" + "\n".join(f"- {row['name']}: `{row['flags']}`" for row in rows) + "\n"
 

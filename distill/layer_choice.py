@@ -1,6 +1,8 @@
 """`--layers auto:K`: the K layers whose replacement lowers KL most, chosen greedily before training.
 
-KL is measured on the run's own training text, or on other text, never on that which figures are reported on.
+KL is measured on the run's own training text, or on other text, never on that which figures are reported on; and on
+generated text that asks for memory, where KL on the answers counts as much as on everything else: attention is kept
+to look things up, which ordinary text asks little for.
 
 Greedy from the end that can be trusted. A student with all its mixers, fresh from the teacher, is so far off (several
 nats) that no single layer tells much. So the start is the teacher itself, KL 0: every layer is replaced. Each round
@@ -28,6 +30,7 @@ from data import TextLoader
 from distill.losses import chunked_kd_loss
 from models import LlambaForCausalLM
 from models.modeling_llamba import AttentionInputs
+from text.recall_rows import RecallSequences
 from utils import UserError, progress_bar, write_whole
 
 log = logging.getLogger(__name__)
@@ -51,7 +54,8 @@ class LayerChoice:
 class Hybrid:
     """A pair on a few sequences, each layer either the teacher's (replaced) or the student's own.
 
-    tokens int64 [b, t + 1]; valid bool [b, t]; positions [b, t] restart at each document, or None.
+    tokens int64 [b, t + 1]; valid bool [b, t]; positions [b, t] restart at each document, or None; answers bool
+    [b, t]: targets whose KL counts as much as that of all others, or None.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class Hybrid:
         tokens: Tensor,
         valid: Tensor,
         positions: Tensor | None,
+        answers: Tensor | None = None,
     ):
         model: Any = teacher.model
         self.teacher, self.student = teacher, student
@@ -68,7 +73,9 @@ class Hybrid:
         self.device, self.dtype = embedding.device, embedding.dtype
         self.teacher_device = model.embed_tokens.weight.device
         self.teacher_dtype = model.embed_tokens.weight.dtype
-        self.labels, self.valid = tokens[:, 1:].to(self.device), valid.to(self.device)
+        self.labels = tokens[:, 1:].to(self.device)
+        parts = [valid] if answers is None else [valid & ~answers, valid & answers]
+        self.parts = [part.to(self.device) for part in parts if part.any()]
         self.resets = None if positions is None else (positions == 0).to(self.device)
         positions = None if positions is None else positions.to(self.teacher_device)
         embedded = model.embed_tokens(tokens[:, :-1].to(self.teacher_device))
@@ -94,12 +101,20 @@ class Hybrid:
             self.before.append(self._layer(index, self.before[-1], index in self.replaced))
 
     def kl(self, last: Tensor | None = None) -> float:
-        """KL(teacher || student), nats a token, from the hidden states after the last layer [b, t, d]."""
+        """KL(teacher || student), nats a token, from the hidden states after the last layer [b, t, d].
+
+        With answers the mean of theirs and of the others'.
+        """
         hidden = (self.before[-1] if last is None else last).to(self.device, self.dtype)
         ours = self.student.backbone.final_layernorm(hidden).to(self.target.dtype)
         head = self.student.lm_head.weight.to(self.target.dtype)
-        terms = chunked_kd_loss(ours, head, self.target, self.head, self.labels, self.valid)
-        return (terms.kl_sum / terms.tokens).item()
+        found = []
+        for part in self.parts:
+            rows = (each[part][None] for each in (ours, self.target, self.labels, part))
+            own, target, labels, valid = rows
+            terms = chunked_kd_loss(own, head, target, self.head, labels, valid)
+            found.append((terms.kl_sum / terms.tokens).item())
+        return sum(found) / len(found)
 
     def kl_with_mixer(self, index: int) -> float:
         """KL if layer `index` had its mixer and every other were as it is."""
@@ -141,15 +156,18 @@ def choose_layers(
     teacher: PreTrainedModel,
     student: LlambaForCausalLM,
     open_text: Callable[[], Any],
+    look_up: Callable[[int], RecallSequences],
     *,
+    recall_share: float = 0.0,
     tokens: int,
     made_for: dict[str, Any],
     folder: Path,
 ) -> list[int]:
     """The `count` layers of `--layers auto:K`, ascending: those of `layer_choice.json` if it was made for the same.
 
-    The student has all its mixers, with the teacher's weights transferred. `open_text` gives a loader, of whose text
-    `tokens` are taken. The ranking is logged and saved in `folder`, with what it was made for.
+    The student has all its mixers, with the teacher's weights transferred. Of `tokens` a `recall_share` is generated
+    text, of which `look_up` gives sequences; `open_text` gives a loader of the rest. The ranking is logged and saved
+    in `folder`, with what it was made for.
     """
     path = folder / FILE
     saved = read_choice(path)
@@ -158,12 +176,12 @@ def choose_layers(
         return saved.layers
     began = time.perf_counter()
     log.info("choosing %d layers of %d ...", count, len(teacher.model.layers))
-    rows, valid, positions = first_rows(open_text(), tokens)
+    text = choice_text(open_text(), look_up, tokens, recall_share)
     student.eval()
     with torch.no_grad():
-        ranking, kl, alone = rank_layers(Hybrid(teacher, student, rows, valid, positions))
+        ranking, kl, alone = rank_layers(Hybrid(teacher, student, *text))
     seconds = round(time.perf_counter() - began, 1)
-    choice = LayerChoice(sorted(ranking[:count]), ranking, kl, alone, valid.numel(), seconds, made_for)
+    choice = LayerChoice(sorted(ranking[:count]), ranking, kl, alone, text[1].numel(), seconds, made_for)
     log.info("layers ranked, the first %d chosen: %s", count, " ".join(map(str, ranking)))
     shown = sorted({0, count, *(n for n in (1, 2, 4, 8, 16, 32) if n < len(ranking))})
     log.info("KL by number of replaced layers: %s", ", ".join(f"{n}: {kl[n]:.4g}" for n in shown))
@@ -179,6 +197,31 @@ def read_choice(path: Path) -> LayerChoice | None:
         return LayerChoice(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         return None
+
+
+def choice_text(
+    loader: TextLoader, look_up: Callable[[int], RecallSequences], tokens: int, recall_share: float
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """tokens [b, t + 1], valid [b, t], positions and answers [b, t] or None: ordinary sequences, then generated ones.
+
+    Each kind that has a share has a sequence at least. Closes the loader.
+    """
+    rows, valid, positions = first_rows(loader, max(1, round(tokens * (1 - recall_share))))
+    if not recall_share:
+        return rows, valid, positions, None
+    length = valid.shape[1]
+    asked = look_up(max(1, -(-round(tokens * recall_share) // length)))
+    asked_valid = torch.ones_like(asked.answers)
+    if positions is not None:  # documents are kept apart: none is asked for its first token
+        asked_valid[:, :-1] &= asked.positions[:, 1:] != 0
+    if recall_share == 1:
+        return asked.tokens, asked_valid, None if positions is None else asked.positions, asked.answers
+    return (
+        torch.cat([rows, asked.tokens]),
+        torch.cat([valid, asked_valid]),
+        None if positions is None else torch.cat([positions, asked.positions]),
+        torch.cat([torch.zeros_like(valid), asked.answers]),
+    )
 
 
 def first_rows(loader: TextLoader, tokens: int) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -177,12 +177,10 @@ def table_cell(rng: random.Random, items: int, depth: float) -> RecallRow:
     names = _names(rng, items)
     rows = [(name, rng.choice(CITIES), rng.choice(METALS), rng.choice(ANIMALS)) for name in names]
     chosen, column = _at(depth, items), rng.randrange(1, 4)
-    lines = "\n".join(f"{name:<18} {city:<9} {metal:<8} {animal}" for name, city, metal, animal in rows)
+    lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     what = ("", "city", "metal", "animal")[column]
-    return RecallRow(
-        f"person             city      metal    animal\n{lines}\n\nThe {what} of {names[chosen]} is",
-        f" {rows[chosen][column]}",
-    )
+    question = f"The {what} of {names[chosen]} is"
+    return RecallRow(f"| person | city | metal | animal |\n{lines}\n\n{question}", f" {rows[chosen][column]}")
 
 
 def classification(rng: random.Random, items: int, depth: float) -> RecallRow:
@@ -194,8 +192,7 @@ def classification(rng: random.Random, items: int, depth: float) -> RecallRow:
     asked = rng.randrange(len(CLASSES))
     word = rng.choice(CLASSES[asked])
     lines = []
-    for _ in range(items):
-        number = rng.randrange(len(CLASSES))
+    for number in rng.sample([place % len(CLASSES) for place in range(items)], items):
         shown = rng.choice([each for each in CLASSES[number] if each != word])
         lines.append(f"word: {shown.lower()} label: {labels[number]}")
     return RecallRow("\n".join([*lines, f"word: {word.lower()} label:"]), f" {labels[asked]}", depth)

@@ -1,7 +1,12 @@
 """The figures of `evaluate.py` as a table and as a picture."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+MODELS = ("student", "teacher")
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -11,8 +16,9 @@ def print_table(report: dict[str, Any]) -> None:
     """The report as aligned columns."""
     for name, value in report.get("held_out", {}).items():
         print(f"{name:<28}{value:>14.4f}")
-    tables = {"recall": report.get("recall", {}), **generation_tables(report.get("generation", []))}
-    for title, rows in tables.items():
+    if report.get("recall"):
+        print_recall(report["recall"], report["recall_share"])
+    for title, rows in generation_tables(report.get("generation", [])).items():
         if rows:
             print(f"\n{title:<28}{'student':>14}{'teacher':>14}")
         for name, pair in rows.items():
@@ -38,21 +44,41 @@ def generation_tables(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return tables
 
 
+def print_recall(recall: dict[str, Any], shares: dict[str, Any]) -> None:
+    """Both models' shares of right answers by task and length, with 95% intervals; the figures over all."""
+    heads = ("student", "95%", "teacher", "difference, 95%", "generated", "teacher's")
+    print(f"\n{'recall':<22}" + "".join(f"{head:>16}" for head in heads))
+    for name, found in recall.items():
+        written = [f"{found['generated'][model]:.3f}" if "generated" in found else "" for model in MODELS]
+        columns = [f"{found['student']:.3f}", as_range(found["student_interval"]), f"{found['teacher']:.3f}"]
+        columns += [as_range(found["difference_interval"]), *written]
+        print(f"{name:<22}" + "".join(f"{column:>16}" for column in columns))
+    for group, found in shares.items():
+        known = f"{found['cells']} of {found['of']} cells, in which the teacher reaches 20%"
+        share = "none" if found["share"] is None else f"{found['share']:.3f} ({as_range(found['interval'])})"
+        print(f"recall share, {group.replace('_', ' ')} kinds: {share}, over {known}")
+
+
+def as_range(ends: list[float]) -> str:
+    """An interval as text."""
+    return f"{ends[0]:.3f}..{ends[1]:.3f}"
+
+
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Recall by number of pairs, rate and memory by context, for both models; the held-out figures in the title."""
+    """Recall by depth and length, rate and memory by context, for both models; the held-out figures in the title."""
     from matplotlib.figure import Figure  # pyplot, for windows, takes a quarter longer to import
 
-    panels = ["recall"] * ("recall" in report) + ["tokens_per_second", "peak_bytes"] * ("generation" in report)
-    figure = Figure(figsize=(4 + 4 * len(panels), 4.5), layout="constrained")
-    axes = figure.subplots(1, max(1, len(panels)), squeeze=False)
-    colours = {"teacher": "tab:gray", "student": "tab:blue"}
-    for name, axis in zip(panels, axes[0]):
-        if name == "recall":
-            draw_recall(report[name], axis, colours)
-        else:
-            draw_generation(report["generation"], name, axis, colours)
-    if not panels:
-        axes[0, 0].axis("off")
+    maps = list(MODELS) if any("@" in name for name in report.get("recall", {})) else []
+    lines = ["tokens_per_second", "peak_bytes"] if "generation" in report else []
+    count = max(1, len(maps) + len(lines))
+    figure = Figure(figsize=(4 + 4 * count, 4.5), layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False)[0]
+    if maps:
+        draw_recall(report["recall"], axes[: len(maps)])
+    for name, axis in zip(lines, axes[len(maps) :]):
+        draw_generation(report["generation"], name, axis, {"teacher": "tab:gray", "student": "tab:blue"})
+    if not maps and not lines:
+        axes[0].axis("off")
     held = report.get("held_out")
     if held:
         figure.suptitle(
@@ -62,19 +88,21 @@ def draw(report: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def draw_recall(recall: dict[str, Any], axis: "Axes", colours: dict[str, str]) -> None:
-    """A line for each model and task."""
-    for task, style in zip(sorted({name.split("/")[0] for name in recall}), ("o-", "s--")):
-        pairs = sorted(int(name.split("/")[1]) for name in recall if name.startswith(task))
-        for model, colour in colours.items():
-            values = [recall[f"{task}/{count}"][model] for count in pairs]
-            axis.plot(pairs, values, style, color=colour, label=f"{model}, {task.replace('_', ' ')}")
-    axis.set(xlabel="pairs in context", ylabel="accuracy", ylim=(-0.03, 1.03))
-    axis.set_xscale("log")
-    axis.minorticks_off()
-    counts = sorted({int(name.split("/")[1]) for name in recall})
-    axis.set_xticks(counts, [str(count) for count in counts])
-    axis.legend()
+def draw_recall(recall: dict[str, Any], axes: Sequence["Axes"]) -> None:
+    """A heat map for each model: how often what stands at a depth of the context is right, by length, over tasks."""
+    lengths = sorted({int(name.partition("@")[2]) for name in recall if "@" in name})
+    for model, axis in zip(MODELS, axes):
+        rows = [
+            np.mean([found["depths"][model] for name, found in recall.items() if name.endswith(f"@{length}")], axis=0)
+            for length in lengths
+        ]
+        axis.imshow(np.array(rows), vmin=0, vmax=1, aspect="auto", cmap="viridis")
+        for y, row in enumerate(rows):
+            for x, value in enumerate(row):
+                axis.text(x, y, f"{100 * value:.0f}", ha="center", va="center", color="w" if value < 0.6 else "k")
+        axis.set(xlabel="depth, tenths of the context", title=f"{model}: right answers, %")
+        axis.set_yticks(range(len(lengths)), [f"{length} tokens" for length in lengths])
+        axis.set_xticks(range(len(rows[0])))
 
 
 def draw_generation(rows: list[dict[str, Any]], key: str, axis: "Axes", colours: dict[str, str]) -> None:

@@ -2,7 +2,6 @@
 
 import gc
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from arguments import Arguments
-from data import TextLoader
 from distill.distillation import StudentLoss
 from distill.initialization import calibrate_mixers
 from distill.layer_choice import choose_layers
@@ -35,15 +33,16 @@ from run.acceleration import accelerate, compiles, try_step
 from run.inputs import Inputs, fetch
 from run.pair import Models
 from run.plan import mixer_options, stage_names
+from run.text import RunText
 from utils import FROM_TEACHER, auto_layers
 
 log = logging.getLogger(__name__)
 
 # What a choice depends on: another run in the same folder with the same values takes up the choice that is there.
 CHOICE_MADE_FOR = (
-    "layers teacher_model student_model expand mixer no_z_bias choice_tokens choice_dataset dataset_name "
-    "dataset_subset dataset_split dataset_revision dataset_text_field shuffle_buffer on_bad_data seq_length "
-    "document_reset seed dtype"
+    "layers teacher_model student_model expand mixer no_z_bias choice_tokens choice_dataset choice_recall_share "
+    "dataset_name dataset_subset dataset_split dataset_revision dataset_text_field shuffle_buffer on_bad_data "
+    "seq_length document_reset seed dtype"
 ).split()
 
 
@@ -89,7 +88,7 @@ def build_models(
             tokens = text.calibration_tokens(stage_names(args)[0])
             calibrate_mixers(student, teacher, tokens.to(teacher_device))
         if auto_layers(args.layers) is not None:
-            chosen = ranks.first(lambda: auto_choice(args, teacher, student, text.choice_loader))
+            chosen = ranks.first(lambda: auto_choice(args, teacher, student, text))
             apply_replacements(student, teacher, chosen)
     freeze_as_asked(args, student)
     if teacher is not None:
@@ -131,9 +130,7 @@ def assemble(
     return models
 
 
-def auto_choice(
-    args: Arguments, teacher: PreTrainedModel, student: LlambaForCausalLM, open_text: Callable[[], TextLoader]
-) -> list[int]:
+def auto_choice(args: Arguments, teacher: PreTrainedModel, student: LlambaForCausalLM, text: RunText) -> list[int]:
     """`distill.layer_choice.choose_layers` as the flags have it."""
     count = auto_layers(args.layers)
     assert count is not None
@@ -141,7 +138,9 @@ def auto_choice(
         count,
         teacher,
         student,
-        open_text,
+        text.choice_loader,
+        text.choice_sequences,
+        recall_share=args.choice_recall_share,
         tokens=args.choice_tokens,
         made_for={name: getattr(args, name) for name in CHOICE_MADE_FOR},
         folder=Path(args.output_dir),

@@ -148,7 +148,7 @@ def _means_the_same(name: str, saved: Flags, current: Flags, layers: list[int] |
         return True
     if name == "layers":
         return layers is not None and named_layers(current[name]) == set(layers)
-    if name in ("choice_dataset", "choice_tokens"):
+    if name.startswith("choice_"):
         return auto_layers(saved["layers"]) is None
     if name == "max_steps":
         return bool(saved["epochs"] and current["epochs"])

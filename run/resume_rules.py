@@ -34,6 +34,7 @@ RULES: dict[str, Rule] = {
     "mixer": Rule("never", "the student's mixers are the checkpoint's"),
     "no_z_bias": Rule("never", "the student's mixers are the checkpoint's"),
     "choice_dataset": Rule("never", "the layers are chosen"),
+    "choice_recall_share": Rule("never", "the layers are chosen"),
     "choice_tokens": Rule("never", "the layers are chosen"),
     "freeze_mlp": Rule("forced", "optimizer state dropped for what is frozen, fresh for what is thawed"),
     "freeze_replaced_layers": Rule("forced", "as --freeze_mlp"),

@@ -13,7 +13,10 @@ from evaluation.recall_tasks import KEY_WORDS
 from hardware.ranks import Ranks
 from run.mixing import commits_of, mix_flag, mixed_sources, shares_of
 from run.plan import planned_steps, sequence_length, sequences_a_step
-from text.mixture import MixedDataset
+from text.documents import DocumentEncoder
+from text.mixture import MixedDataset, vocabulary_of
+from text.recall_rows import RecallSequences, recall_sequences
+from text.recall_text import RecallText
 from text.text_sources import has_subset
 from utils import UserError, auto_layers
 
@@ -21,6 +24,7 @@ log = logging.getLogger(__name__)
 
 
 CALIBRATION_SEQUENCES = 4
+CHOICE_SEED = 1_000_003  # added to the seed of generated text
 
 
 @dataclass
@@ -60,12 +64,13 @@ class RunText:
                 log.info("%s reads %s beside it, for %.3g of its sequences", name, other, share)
         return loader
 
-    def _loader(self, name: str, ranks: Ranks) -> TextLoader:
+    def _loader(self, name: str, ranks: Ranks, alone: bool = False) -> TextLoader:
+        """A stage's loader; `alone` without what is mixed into it."""
         args, source = self.args, self.source(name)
         return build_loader(
             source,
             self.tokenizer,
-            mixed=mixed_sources(args, name, source, self.origins.commits.get(mix_flag(name))),
+            mixed=() if alone else mixed_sources(args, name, source, self.origins.commits.get(mix_flag(name))),
             excluded=KEY_WORDS,
             seq_length=sequence_length(args, name),
             batch_size=args.batch_size,
@@ -166,7 +171,7 @@ class RunText:
         """What `--layers auto:K` measures on: `--choice_dataset`, else stage 1's own text; the same on every rank."""
         args = self.args
         if not args.choice_dataset:
-            return self._loader("stage1", Ranks())
+            return self._loader("stage1", Ranks(), alone=True)
         source: dict[str, Any] = dict(name=args.choice_dataset, flag="--choice_dataset_", subset="", split="train")
         source["revision"] = self._revision("choice_dataset")
         return build_loader(
@@ -179,6 +184,13 @@ class RunText:
             document_reset=args.document_reset,
         )
 
+    def choice_sequences(self, count: int) -> RecallSequences:
+        """Generated sequences for `--layers auto:K`, of stage 1's words; other documents than those of training."""
+        source = self._loader("stage1", Ranks(), alone=True).dataset.source
+        text = RecallText(vocabulary_of(source, KEY_WORDS), self.args.seed + CHOICE_SEED, self.args.seq_length)
+        encoder = DocumentEncoder(self.tokenizer, started=self.origins.text_version > 1)
+        return recall_sequences(text, encoder, self.args.seq_length, count)
+
     def check_choice(self) -> None:
         """Raise a `UserError` where `--layers auto:K` would choose on the text that figures are reported on."""
         args = self.args
@@ -186,6 +198,8 @@ class RunText:
         chosen_on = chosen.places()
         if args.choice_dataset:
             self.origins.note("choice_dataset", chosen.source.commit)
+        if args.choice_recall_share:
+            self.choice_sequences(1)
         if not args.eval_dataset:
             return
         both = sorted(chosen_on & self.held_out_loader().dataset.source.places())

@@ -90,8 +90,8 @@ class Vocabulary:
                     sentences[sentence.strip()] = None
         if len(words) < FEWEST_WORDS:
             raise UserError(
-                f"{name}: {len(words)} different words at its beginning; the generated text of --recall_share needs "
-                f"{FEWEST_WORDS}; use more text, or --recall_share 0"
+                f"{name}: {len(words)} different words at its beginning, and generated text needs {FEWEST_WORDS}: "
+                "use more text, or --recall_share 0 (for --layers auto:K: --choice_recall_share 0)"
             )
         return cls(list(words), list(sentences))
 

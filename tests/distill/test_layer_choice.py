@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,6 +69,20 @@ def test_greedy_ranking_agrees_with_brute_force(seed, published, packed):
         left.remove(best)
 
 
+def test_answers_count_as_much_as_everything_else():
+    teacher, student = pair(0)
+    batch = text(packed=False)
+    answers = torch.zeros_like(batch.valid)
+    answers[0, 5:9] = True
+    rows = batch.tokens, batch.valid, None
+    both = Hybrid(teacher, student, *rows, answers)
+    alone = [Hybrid(teacher, student, batch.tokens, batch.valid & part, None) for part in (answers, ~answers)]
+    for index in range(4):
+        expected = [hybrid.kl_with_mixer(index) for hybrid in alone]
+        assert both.kl_with_mixer(index) == pytest.approx(sum(expected) / 2, rel=1e-5)
+        assert expected[0] != pytest.approx(expected[1], rel=1e-3)
+
+
 def test_the_first_rows():
     class Loader(list):
         closed = False
@@ -106,13 +121,18 @@ def test_a_run_with_its_own_choice(tmp_path, tiny_teacher, documents):
 
 def test_a_saved_choice_is_taken_up_only_for_the_same_flags(tmp_path):
     teacher, student = pair(0)
-    args = parse_arguments(["--layers", "auto:2", "--output_dir", str(tmp_path), "--choice_tokens", "32"])
+    args = parse_arguments(
+        ["--layers", "auto:2", "--output_dir", str(tmp_path), "--choice_tokens", "32", "--choice_recall_share", "0"]
+    )
 
     class Loader(list):
         close = list.clear
 
     def choose(args):
-        return auto_choice(args, teacher, student, lambda: Loader([text(packed=False)]))
+        loader = Loader([text(packed=False)])
+        return auto_choice(
+            args, teacher, student, SimpleNamespace(choice_loader=lambda: loader, choice_sequences=None)
+        )
 
     found = choose(args)
     saved = json.loads((tmp_path / FILE).read_text())

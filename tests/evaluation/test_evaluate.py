@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import evaluate
 import train
 from conftest import ROOT
-from evaluation.recall import recall_accuracy
-from evaluation.recall_tasks import PAIR_TASKS, recall_rows
+from evaluation.recall import forced_answers
+from evaluation.recall_tasks import PAIR_TASKS, TASKS, recall_rows
 from helpers import runs
 
 SMOLLM2 = ROOT / ".cache" / "SmolLM2-135M-Instruct"
@@ -37,7 +37,8 @@ def evaluated(student, tiny_teacher, sources, run_script, tmp_path_factory):
     output = tmp_path_factory.mktemp("figures") / "new"
     done = run_script(
         "evaluate.py", "--student", student, "--teacher", tiny_teacher, "--dataset_name", sources["heldout"],
-        "--tokens", 3000, "--seq_length", 64, "--batch_size", 2, "--recall_pairs", 2, 5, "--recall_rows", 3,
+        "--tokens", 3000, "--seq_length", 64, "--batch_size", 2, "--recall_pairs", 2, 5, "--recall_rows", 11,
+        "--recall_lengths", 128, "--recall_generated", 2,
         "--speed_tokens", 8, "--speed_contexts", 12, "--speed_batches", 1, 2, "--device", "cpu", "--dtype", "float32",
         "--output_dir", output, cwd=output.parent,
     )  # fmt: skip
@@ -87,9 +88,11 @@ def test_the_held_out_figures_are_their_definitions(evaluated, student, tiny_tea
 def test_table_json_and_picture(evaluated):
     output, done = evaluated
     report = json.loads((output / "evaluation.json").read_text())
-    assert set(report["recall"]) == {f"{task}/{pairs}" for task in PAIR_TASKS for pairs in (2, 5)}
-    for figures in report["recall"].values():
-        assert figures.keys() == {"student", "teacher"}
+    by_pairs = {f"{task}/{pairs}" for task in PAIR_TASKS for pairs in (2, 5)}
+    assert set(report["recall"]) == by_pairs | {f"{task}@128" for task in TASKS}
+    assert all(0 <= figures[model] <= 1 for figures in report["recall"].values() for model in ("student", "teacher"))
+    assert set(report["recall"]["needle@128"]["depths"]) == {"student", "teacher"}
+    assert report["recall_share"]["all"]["of"] == 14 and report["recall_share"]["never_trained"]["of"] == 4
     rows = {(row["model"], row["batch"], row["context"]): row for row in report["generation"]}
     assert rows.keys() == {(name, batch, 12) for name in ("student", "teacher") for batch in (1, 2)}
     assert all(row["tokens_per_second"] > 0 and row["peak_bytes"] > 2**20 for row in rows.values())
@@ -99,7 +102,7 @@ def test_table_json_and_picture(evaluated):
     rows = dict(re.findall(r"^(\S+) +([\d.]+)$", done.stdout, re.M))
     for name, value in report["held_out"].items():
         assert float(rows[name]) == pytest.approx(value, abs=1e-4)
-    assert re.search(r"^recall +student +teacher$", done.stdout, re.M)
+    assert re.search(r"^recall +student +95% +teacher +difference, 95% +generated +teacher's$", done.stdout, re.M)
     assert (output / "evaluation.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
@@ -114,7 +117,7 @@ def test_a_model_equals_itself(student, tiny_teacher, sources, tmp_path):
     apply_replacements(whole, teacher, range(4))
     whole.save_pretrained(tmp_path)
     flags = f"--student {tmp_path} --teacher {tiny_teacher} --dataset_name {sources['heldout']} --tokens 500"
-    more = " --seq_length 64 --device cpu --dtype float32 --recall_pairs --speed_tokens 0"
+    more = " --seq_length 64 --device cpu --dtype float32 --recall_pairs --recall_lengths --speed_tokens 0"
     assert evaluate.main((flags + more).split()) == 0
     held_out = json.loads((tmp_path / "evaluation.json").read_text())["held_out"]
     assert abs(held_out["kl"]) < 1e-6 and held_out["top1_agreement"] == 1
@@ -134,7 +137,10 @@ BAD = {
     "limit": (dict(limit=-1), "--limit: '-1' is not a number above 0"),
     "output is a file": (dict(output_dir="{file}"), "is a file, not a folder"),
     "task folder": (dict(include_path="/nowhere/tasks"), "--include_path /nowhere/tasks: no such folder"),
-    "nothing to do": (dict(dataset_name="", recall_pairs=None, speed_tokens=0), "nothing to measure"),
+    "nothing to do": (
+        dict(dataset_name="", recall_pairs=None, recall_lengths=None, speed_tokens=0),
+        "nothing to measure",
+    ),
 }
 
 
@@ -178,10 +184,13 @@ class Oracle:
         self.wrong = wrong
 
     def __call__(self, input_ids, logits_to_keep, use_cache):
-        whole = next(text for text in self.texts if text[:-1] == input_ids[0].tolist())
-        logits = F.one_hot(torch.tensor([whole[1:]]), 512).float()
-        if self.wrong is not None:
-            logits[0, -self.wrong] = logits[0, -self.wrong].roll(1)
+        logits = torch.zeros(*input_ids.shape, 512)
+        for place, given in enumerate(input_ids.tolist()):  # shorter rows are filled up on the right
+            whole = next(text for text in self.texts if text[:-1] == given[: len(text) - 1])
+            logits[place, : len(whole) - 1] = F.one_hot(torch.tensor(whole[1:]), 512).float()
+            if self.wrong is not None:
+                at = len(whole) - 1 - self.wrong
+                logits[place, at] = logits[place, at].roll(1)
         return type("Output", (), {"logits": logits[:, -logits_to_keep:]})
 
 
@@ -192,11 +201,12 @@ def test_a_row_is_right_when_every_token_of_its_value_is(task, tokenizer_dir):
     cpu = torch.device("cpu")
     shortest = min(len(tokenizer(row.answer, add_special_tokens=False).input_ids) for row in rows)
     assert shortest > 1
-    assert recall_accuracy(Oracle(tokenizer, rows), tokenizer, rows, cpu) == 1
+    assert len({len(tokenizer(row.prompt + row.answer).input_ids) for row in rows}) > 1
+    assert all(forced_answers(Oracle(tokenizer, rows), tokenizer, rows, cpu))
     for wrong in range(1, shortest + 1):
-        assert recall_accuracy(Oracle(tokenizer, rows, wrong), tokenizer, rows, cpu) == 0
+        assert not any(forced_answers(Oracle(tokenizer, rows, wrong), tokenizer, rows, cpu))
     prompts_last = max(len(tokenizer(row.answer, add_special_tokens=False).input_ids) for row in rows) + 1
-    assert recall_accuracy(Oracle(tokenizer, rows, prompts_last), tokenizer, rows, cpu) == 1
+    assert all(forced_answers(Oracle(tokenizer, rows, prompts_last), tokenizer, rows, cpu))
 
 
 @pytest.mark.parametrize(("task", "pattern"), [("phone_book", r"{}: (\S+)"), ("key_value", r"{} = (\S+)")])
@@ -221,7 +231,7 @@ def test_a_real_model_recalls_as_it_generates():
         prompt = tokenizer(row.prompt, return_tensors="pt", add_special_tokens=False)
         tokens = model.generate(**prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)
         written = tokenizer.decode(tokens[0, prompt.input_ids.shape[1] :]).startswith(row.answer)
-        assert recall_accuracy(model, tokenizer, [row], torch.device("cpu")) == written
+        assert forced_answers(model, tokenizer, [row], torch.device("cpu")) == [written]
         found.append(written)
     assert sum(found) >= 3
 
@@ -279,7 +289,8 @@ def test_tasks_run_beside_the_figures(student, tiny_teacher, tasks, run_script, 
     """Started in the repository's folder, where this script's name is also that of a package of the harness."""
     folder, rows = tasks
     done = run_script(
-        "evaluate.py", "--student", student, "--teacher", tiny_teacher, "--recall_pairs", "--speed_tokens", 0,
+        "evaluate.py", "--student", student, "--teacher", tiny_teacher, "--recall_pairs",
+        "--recall_lengths", "--speed_tokens", 0,
         "--tasks", "local_choice", "local_writing", "--include_path", folder, "--device", "cpu", "--dtype", "float32",
         "--output_dir", tmp_path, cwd=ROOT, env={"HF_HOME": str(tmp_path / "home")},
     )  # fmt: skip

@@ -12,7 +12,7 @@ import train
 from checkpoints.origins import Origins
 from data import SourceSpec, build_loader
 from evaluation.diagnostics import continuations
-from evaluation.recall import recall_accuracy
+from evaluation.recall import forced_answers
 from evaluation.recall_tasks import RecallRow
 from helpers import checkpoint_tools, runs
 from text import documents as module
@@ -138,7 +138,7 @@ class Echo:
 def test_samples_and_recall_start_in_the_same_way(tokenizer):
     model = Echo()
     continuations(model, tokenizer, ["The first"])
-    recall_accuracy(model, tokenizer, [RecallRow("The first", " word")], torch.device("cpu"))
+    forced_answers(model, tokenizer, [RecallRow("The first", " word")], torch.device("cpu"))
     assert model.given == [tokenizer("The first").input_ids, tokenizer("The first word").input_ids[:-1]]
 
 

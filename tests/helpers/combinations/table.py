@@ -100,6 +100,7 @@ SET_BY = {
 EXEMPT = {
     "choice_tokens": "how much text auto:K measures on; tests/distill/test_layer_choice.py",
     "choice_dataset": "as choice_tokens",
+    "choice_recall_share": "as choice_tokens",
     "dataset_name": "paths; tests/text/test_text_sources.py and test_documents.py read every kind",
     "dataset_subset": "as dataset_name",
     "dataset_split": "as dataset_name",
