@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import re
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ def failure(check: Callable[..., None], result: Result, name: str) -> str | None
     try:
         check(result, name)
     except AssertionError as error:
-        return f"{name}: {error}"
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{name}, {place.name}: {error or place.line}"
     return None
 
 
@@ -148,7 +150,7 @@ def skipped(line: dict[str, Any], row: Row) -> bool:
 
 def compare_movement(output: Path, stage: str, begin: int, end: int, row: Row, way: float) -> None:
     first, last = (runs.weights(output / f"checkpoint-{step}") for step in (begin, end))
-    assert first.keys() == last.keys()
+    assert first.keys() == last.keys(), f"{begin} to {end}: {sorted(first.keys() ^ last.keys())}"
     for name in first:
         start = first[name].to(last[name].dtype)  # where a forced resume changed it, a frozen tensor is rounded
         moved = (last[name].double() - start.double()).abs().max().item()

@@ -18,7 +18,7 @@ QUIET = {"TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
 At = tuple[str, signal.Signals]  # a pattern of a log line, and the signal that the process sends itself there
 
 
-def train(flags: list[str], log: Path, *, ranks: int = 1, at: Sequence[At] = (), timeout: float = 100) -> list[int]:
+def train(flags: list[str], log: Path, *, ranks: int = 1, at: Sequence[At] = (), timeout: float = 250) -> list[int]:
     """Run `train.main` on `ranks` ranks; exit statuses, negative after a signal. `at` is for the first rank."""
     processes = []
     for rank, environment in enumerate(warm.environments(ranks)):
