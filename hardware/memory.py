@@ -18,7 +18,7 @@ from distill.losses import CHUNK_LOGITS_COMPILED, CHUNK_LOGITS_EAGER, PARTS_COMP
 from hardware.activation_bytes import saved_bytes
 from hardware.meta_models import meta_student, teacher_sizes
 from hardware.recomputation import MODES, set_activation_checkpointing
-from hardware.settings import StepSettings, TeacherNeed
+from hardware.settings import StepSettings, TeacherNeed, WholeUntil
 from models import LlambaConfig
 from optim.muon import STACKED
 
@@ -41,7 +41,7 @@ class MemoryEstimate:
     parts: dict[str, float]
     modes: tuple[str, ...]
     savings: dict[str, float]  # flag -> bytes that it would save
-    at_start: bool = False  # the peak is not a step's: both models while they are loaded
+    moment: str = ""  # where the peak is not a KD step's
     whole_gradients: bool = False  # under FSDP2: reduced in an optimizer step's last micro step alone
 
     @property
@@ -57,7 +57,7 @@ class MemoryEstimate:
     def describe(self) -> str:
         """One line: the peak and its breakdown in GiB, and the checkpointing mode."""
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in self.parts.items() if size >= 0.05 * GIB)
-        when = "while the models are loaded; " if self.at_start else ""
+        when = f"{self.moment}; " if self.moment else ""
         return f"{self.allocated / GIB:.1f} GiB ({parts}); {when}gradient checkpointing {describe_modes(self.modes)}"
 
 
@@ -90,9 +90,10 @@ class StepModel:
         replicated: bool = False,
         teacher_need: TeacherNeed = "throughout",
         whole_gradients: bool = False,
+        whole_until: WholeUntil = "",
     ):
         self.settings, self.shards, self.replicated, self.teacher_need = settings, shards, replicated, teacher_need
-        self.whole_gradients = whole_gradients
+        self.whole_gradients, self.whole_until = whole_gradients, whole_until
         self.dtype, self.parameter_dtype = settings.dtype, settings.parameter_dtype
         self.student = meta_student(teacher_config, student_config, settings)
         self.same_device, self.compiled = settings.one_device, settings.compiled
@@ -129,6 +130,8 @@ class StepModel:
             own = (total / self.shards + sum(distinct.values())) * self.parameter_dtype.itemsize
             state /= self.shards
             self.loading = {"teacher weights": teacher_bytes, "student weights": whole / self.shards}
+            if self.whole_until:  # nor quantised or moved to another device yet
+                self.loading = {"teacher weights": float(teacher * size), "student weights": float(whole)}
         teacher_bytes = teacher_bytes if self.teacher_need == "throughout" else 0.0
         return {"teacher weights": teacher_bytes, "student weights": own + copies, "optimizer state": state}
 
@@ -241,10 +244,28 @@ class StepModel:
             "workspace": WORKSPACE,
         }
         savings = self._savings(parts, costs)
-        loading = self.loading | {"workspace": WORKSPACE}
-        if self.teacher_need == "at the start" and sum(loading.values()) > sum(parts.values()):
-            return MemoryEstimate(loading, tuple(modes), savings, at_start=True)
-        return MemoryEstimate(parts, tuple(modes), savings, whole_gradients=self.whole_gradients)
+        options: dict[str, Any] = dict(modes=tuple(modes), savings=savings, whole_gradients=self.whole_gradients)
+        found = [MemoryEstimate(parts, **options)]
+        if self.teacher_need == "at the start" or self.whole_until:
+            loading = self.loading | {"workspace": WORKSPACE}
+            found.append(MemoryEstimate(loading, moment="while the models are loaded", **options))
+        if self.whole_until == "aligned":
+            found.append(MemoryEstimate(self.alignment(), moment="in the alignment stages", **options))
+        return max(found, key=lambda estimate: estimate.allocated)
+
+    def alignment(self) -> dict[str, float]:
+        """Of an alignment step before the pair is sharded: mixers train one after the other, each on its own."""
+        wide = self.parameter_dtype.itemsize == 4
+        mixers = [p for layer in self._layers() if hasattr(layer, "mixer") for p in layer.mixer.parameters()]
+        state = sum(p.numel() * STATE_BYTES[self.settings.optimizer if p.ndim > 1 else "adamw"][wide] for p in mixers)
+        costs = [self.cost(index, "none") for index in range(len(self._layers()))]
+        return {
+            **self.loading,
+            "optimizer state": float(state),
+            "gradients": float(sum(p.numel() for p in mixers) * self.parameter_dtype.itemsize),
+            "activations": max(cost.saved + cost.working for cost in costs),
+            "workspace": WORKSPACE,
+        }
 
     def _moments(self, costs: list[LayerCost]) -> list[dict[str, float]]:
         gradients = self.layer_gradients()
@@ -335,6 +356,7 @@ def estimate_memory(
     replicated: bool = False,
     teacher_need: TeacherNeed = "throughout",
     whole_gradients: bool = False,
+    whole_until: WholeUntil = "",
 ) -> MemoryEstimate:
     """The peak of a training step from the two configurations and the settings; nothing is loaded.
 
@@ -343,8 +365,10 @@ def estimate_memory(
     With `shards`, both models are sharded over that many ranks (FSDP2); `replicated`: whole on each of them (DDP).
     A teacher that is needed "at the start" alone is gone in a step: the peak is a step's or the loading's.
     whole_gradients: those of shards are reduced once an optimizer step, not in each of its micro steps.
+    whole_until: shards are cut from whole models that every rank has loaded, or aligned the student's mixers on.
     """
-    step = StepModel(teacher_config, student_config, settings, shards, replicated, teacher_need, whole_gradients)
+    kinds = replicated, teacher_need, whole_gradients, whole_until
+    step = StepModel(teacher_config, student_config, settings, shards, *kinds)
     layers = step.student.config.n_layer
     if settings.gradient_checkpointing != "auto":
         return step.estimate([settings.gradient_checkpointing] * layers)

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 TeacherNeed = Literal["never", "at the start", "throughout"]
+WholeUntil = Literal["", "loaded", "aligned"]  # how far every rank holds whole models that it shards then
 
 
 @dataclass

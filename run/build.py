@@ -50,7 +50,7 @@ def build_models(
     args: Arguments, student_source: str, inputs: Inputs, devices: tuple[torch.device, torch.device], ranks: Ranks
 ) -> Models:
     """Load the pair and do the surgery, unless the student is a checkpoint that already had it."""
-    if starts_sharded(args, inputs, ranks):
+    if starts_sharded(inputs):
         return build_sharded(args, student_source, inputs, devices, ranks)
     (device, teacher_device), text = devices, inputs.text
     dtype = getattr(torch, args.dtype)
@@ -147,20 +147,14 @@ def auto_choice(args: Arguments, teacher: PreTrainedModel, student: LlambaForCau
     )
 
 
-def starts_sharded(args: Arguments, inputs: Inputs, ranks: Ranks) -> bool:
+def starts_sharded(inputs: Inputs) -> bool:
     """True where FSDP2's shards can be made before any weight is read; a line says why where they cannot."""
     if inputs.parallel != "fsdp":
         return False
-    reasons = {
-        "the alignment stages": not {"matrix", "hidden"}.isdisjoint(inputs.names),
-        "--layers auto:K": auto_layers(args.layers) is not None,
-        "--teacher_device": serves_host(args, ranks),
-        "--teacher_fp8": args.teacher_fp8,
-    }
-    found = [reason for reason, applies in reasons.items() if applies]
-    if found:
-        log.warning("every rank loads whole models before it shards them: %s need them so", " and ".join(found))
-    return not found
+    if inputs.whole_for:
+        found = " and ".join(inputs.whole_for)
+        log.warning("every rank loads whole models before it shards them: %s need them so", found)
+    return not inputs.whole_for
 
 
 def build_sharded(
@@ -209,11 +203,6 @@ def connect(args: Arguments, models: Models, ranks: Ranks) -> None:
     )
     if models.teacher is not None:
         models.teacher_states = connect_teacher(args, models, models.teacher, ranks)
-
-
-def serves_host(args: Arguments, ranks: Ranks) -> bool:
-    """True where one teacher, on a device that is no rank's, serves all ranks of a host."""
-    return not ranks.alone and args.teacher_device is not None
 
 
 def connect_teacher(args: Arguments, models: Models, teacher: PreTrainedModel, ranks: Ranks) -> TeacherStates:

@@ -15,7 +15,7 @@ from distill.initialization import student_config
 from hardware.devices import check_device
 from hardware.memory import MemoryEstimate, estimate_memory
 from hardware.ranks import Ranks
-from hardware.settings import TeacherNeed
+from hardware.settings import TeacherNeed, WholeUntil
 from hub.model_files import fetch_model
 from model_utils import check_layers, check_pair, check_teacher_config, get_tokenizer, is_distilled, load_config
 from models import LlambaConfig
@@ -23,9 +23,11 @@ from run.acceleration import step_settings
 from run.plan import mixer_options
 from run.student_flags import settle_flags
 from run.text import RunText
-from utils import FROM_TEACHER, UserError
+from utils import FROM_TEACHER, UserError, auto_layers
 
 log = logging.getLogger(__name__)
+
+ALIGNMENT = "the alignment stages"
 
 
 @dataclass
@@ -38,7 +40,7 @@ class Inputs:
     estimate: MemoryEstimate | None  # of a training step on a GPU
     teacher_need: TeacherNeed
     parallel: str = "none"  # or ddp, fsdp
-    names: Collection[str] = ()  # of the stages that are still to run
+    whole_for: Collection[str] = ()  # what keeps shards from being made before any weight is read
 
 
 def fetch(args: Arguments, flag: str, name: str, *, weights: bool = False, commit: str | None = None) -> str | None:
@@ -86,15 +88,16 @@ def check_inputs(
         if student_source == args.student_model:  # else it is a checkpoint that the run goes on from
             settle_flags(args, student, teacher, student_source)
     check_layers(args.layers, teacher.num_hidden_layers)
-    need = teacher_need(args, names, fresh=not is_distilled(student))
+    fresh = not is_distilled(student)
+    need, whole_for = teacher_need(args, names, fresh=fresh), whole_models_for(args, names, ranks, fresh=fresh)
     parallel, estimate = choose_parallel(args, ranks), None
     if args.device.startswith("cuda"):
         free = torch.cuda.mem_get_info(args.device)[0] if torch.cuda.is_available() else None  # not in a dry run
-        parallel, estimate = settle_parallel(teacher, student, args, parallel, free, ranks, need)
+        parallel, estimate = settle_parallel(teacher, student, args, parallel, free, ranks, need, whole_for)
     if parallel in ("ddp", "fsdp"):
         log.info("%d ranks, %s", ranks.world_size, "replicated" if parallel == "ddp" else "sharded")
     text = RunText(args, get_tokenizer(args.teacher_model, **local), ranks, origins)
-    return Inputs(text, teacher, student, estimate, need, parallel, names)
+    return Inputs(text, teacher, student, estimate, need, parallel, whole_for)
 
 
 def choose_parallel(args: Arguments, ranks: Ranks) -> str:
@@ -125,6 +128,25 @@ def teacher_need(args: Arguments, names: Collection[str], *, fresh: bool) -> Tea
     return "at the start" if fresh else "never"
 
 
+def serves_host(args: Arguments, ranks: Ranks) -> bool:
+    """True where one teacher, on a device that is no rank's, serves all ranks of a host."""
+    return not ranks.alone and args.teacher_device is not None
+
+
+def whole_models_for(args: Arguments, names: Collection[str], ranks: Ranks, *, fresh: bool) -> list[str]:
+    """What every rank needs whole models for before it shards them (FSDP2); nothing: they are never whole.
+
+    names: of the stages that are still to run; fresh: layers may have to be chosen.
+    """
+    reasons = {
+        ALIGNMENT: not {"matrix", "hidden"}.isdisjoint(names),
+        "--layers auto:K": fresh and auto_layers(args.layers) is not None,
+        "--teacher_device": serves_host(args, ranks),
+        "--teacher_fp8": args.teacher_fp8,
+    }
+    return [reason for reason, applies in reasons.items() if applies]
+
+
 def settle_parallel(
     teacher: PreTrainedConfig,
     student: LlambaConfig,
@@ -133,6 +155,7 @@ def settle_parallel(
     free: float | None,
     ranks: Ranks,
     need: TeacherNeed = "throughout",
+    whole_for: Collection[str] = (),
 ) -> tuple[str, MemoryEstimate]:
     """`parallel` with auto settled (ddp where a step fits every rank's `free` bytes, else fsdp), and the estimate.
 
@@ -150,6 +173,8 @@ def settle_parallel(
             raise UserError(
                 "--optimizer muon: the models do not fit whole on every rank; use adamw8bit, which shards"
             )
+    whole_until: WholeUntil = "aligned" if ALIGNMENT in whole_for else "loaded" if whole_for else ""
+    estimated = functools.partial(estimated, whole_until=whole_until)
     estimate = estimated(ranks.world_size)
     if args.grad_accumulation_steps > 1 and free is not None:
         whole = estimated(ranks.world_size, whole_gradients=True)

@@ -16,12 +16,12 @@ from distill.distillation import StudentLoss
 from distill.initialization import student_config
 from hardware import parallel
 from hardware.memory import WORKSPACE, StepModel, estimate_memory
-from hardware.meta_models import meta_student
+from hardware.meta_models import meta_student, teacher_sizes
 from hardware.ranks import Ranks
 from loop.forms import Stage
 from run.acceleration import step_settings
 from run.build import Models
-from run.inputs import settle_parallel
+from run.inputs import settle_parallel, whole_models_for
 from run.stages import synchronise
 
 SHARDS = 4
@@ -159,3 +159,35 @@ def test_after_an_evaluation_what_is_trained_are_the_shards_again(alone):
     assert [p is shard for p, shard in zip(stage.trainable.parameters(), shards)].count(False) >= 2
     parallel.reshard(stage.trainable)
     assert all(p is shard for p, shard in zip(stage.trainable.parameters(), shards, strict=True))
+
+
+def test_whole_models_at_first_are_counted():
+    """What every rank loads whole before it shards, and what the alignment stages hold beside it."""
+    config = sizes(num_hidden_layers=8)
+    student = student_config(config)
+    settings = step_settings(flags(1))
+    sharded, loaded, aligned = (
+        estimate_memory(config, student, settings, shards=8, whole_until=until) for until in ("", "loaded", "aligned")
+    )
+    teacher = teacher_sizes(config)[0]
+    own = sum(p.numel() for p in meta_student(config, student, settings).parameters())
+    assert loaded.parts["teacher weights"] == 2 * teacher and loaded.parts["student weights"] == 2 * own
+    assert sharded.allocated < loaded.allocated < aligned.allocated
+    assert (sharded.moment, loaded.moment) == ("", "while the models are loaded")
+    assert "in the alignment stages" in aligned.describe() and aligned.parts["optimizer state"] > 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "names", "fresh", "expected"),
+    [
+        ([], ["stage1"], True, []),
+        (["--layers", "auto:2"], ["stage1"], True, ["--layers auto:K"]),
+        (["--layers", "auto:2"], ["stage1"], False, []),  # they are chosen: a run that resumes
+        (["--hidden_tokens", "64"], ["hidden", "stage1"], True, ["the alignment stages"]),
+        (["--hidden_tokens", "64"], ["stage1"], False, []),  # they are over
+        (["--teacher_fp8", "--teacher_device", "cpu"], ["stage1"], True, ["--teacher_device", "--teacher_fp8"]),
+    ],
+)
+def test_what_needs_whole_models(argv, names, fresh, expected):
+    args = parse_arguments(["--device", "cpu", *argv])
+    assert whole_models_for(args, names, Ranks(world_size=2), fresh=fresh) == expected

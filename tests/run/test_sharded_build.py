@@ -54,8 +54,8 @@ def saved_teacher(folder, **changes):
 
 def built(teacher, student, way, *flags, need="throughout"):
     args = parse_arguments(["--teacher_model", str(teacher), "--device", "cpu", "--layers", "1", *flags])
-    inputs = Inputs(Text(), None, need, way, ("stage1",))
-    assert starts_sharded(args, inputs, Ranks()) is (way == "fsdp")
+    inputs = Inputs(Text(), None, None, None, need, way)
+    assert starts_sharded(inputs) is (way == "fsdp")
     torch.manual_seed(1)
     return build_models(args, str(student), inputs, (CPU, CPU), Ranks())
 
