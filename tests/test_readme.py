@@ -70,6 +70,11 @@ def test_the_tree_shows_every_script_and_folder(tree):
     assert set(tree) == tracked | {"docs/"}
 
 
+def test_the_map_of_run_names_each_of_its_modules_once():
+    named = re.findall(r"`(\w+)`", ast.get_docstring(ast.parse(read("run/__init__.py"))))
+    assert sorted(named) == sorted(path.stem for path in (ROOT / "run").glob("*.py") if path.stem != "__init__")
+
+
 def test_a_folder_says_of_itself_what_the_tree_says(tree):
     for name in sorted(name for name in tree if (ROOT / name / "__init__.py").exists()):
         sentence = re.split(r"\.(?:\s|$)", ast.get_docstring(ast.parse(read(f"{name}__init__.py"))))[0]

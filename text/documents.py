@@ -39,7 +39,7 @@ PROBE = (
     "I DON'T know what he'd do THEN or when\nThe End of it all\r\nhas come to pass"
 )
 
-Segment = str | np.ndarray
+TextOrIds = str | np.ndarray
 
 _copies: "weakref.WeakKeyDictionary[Any, Any]" = weakref.WeakKeyDictionary()
 
@@ -100,7 +100,7 @@ class DocumentEncoder:
         self.template_ids = functools.lru_cache(1024)(self._template_ids)
         self.template_parts = functools.lru_cache(256)(self._template_parts)
 
-    def segments(self, value: object) -> Iterable[Segment]:
+    def segments(self, value: object) -> Iterable[TextOrIds]:
         """Segments of one document, the separator last; none for an empty document. A text is split as it is used.
 
         A text begins with the tokenizer's own start (nothing for some); a conversation is its template's output.
@@ -123,7 +123,7 @@ class DocumentEncoder:
         """The backend's encodings of plain texts, without special tokens, for `ids_of`."""
         return self.backend.encode_batch_fast(list(texts), add_special_tokens=False) if texts else []
 
-    def _begun(self) -> list[Segment]:
+    def _begun(self) -> list[TextOrIds]:
         return [self.start] if len(self.start) else []
 
     def _pieces(self, text: str) -> Iterator[str]:
@@ -133,7 +133,7 @@ class DocumentEncoder:
             raise BadDocument(f"invalid Unicode: half a surrogate pair at character {error.start}") from error
         return split_text(text, self.boundary)
 
-    def _conversation(self, turns: object) -> list[Segment]:
+    def _conversation(self, turns: object) -> list[TextOrIds]:
         messages = read_turns(turns)
         if all(not message["content"] or message["content"].isspace() for message in messages):
             return []
@@ -142,12 +142,12 @@ class DocumentEncoder:
         contents = match_contents(rendered, parts, [message["content"] for message in messages]) if parts else None
         if parts is None or contents is None:
             return self._whole(rendered, messages)
-        segments: list[Segment] = [self.template_ids(parts[0])]
+        segments: list[TextOrIds] = [self.template_ids(parts[0])]
         for content, part in zip(contents, parts[1:]):
             segments += [*self._pieces(content), self.template_ids(part)]
         return [*(segment for segment in segments if len(segment)), self.separator]
 
-    def _whole(self, rendered: str, messages: list[dict[str, str]]) -> list[Segment]:
+    def _whole(self, rendered: str, messages: list[dict[str, str]]) -> list[TextOrIds]:
         """A conversation whose template rewrites the messages: exact as long as no message names a special token."""
         if any(name in message["content"] for message in messages for name in self.special_names):
             raise BadDocument("a message names a special token, and the chat template rewrites messages")

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from text.blocks import Block, Cursor, StreamedBlocks, TableBlocks
-from text.documents import BadDocument, DocumentEncoder, Segment, ids_of
+from text.documents import BadDocument, DocumentEncoder, TextOrIds, ids_of
 from text.row_readers import BadData
 from text.text_sources import TEXT_VERSION, SourceSpec, TextSource, load_table, open_source
 from utils import UserError
@@ -49,8 +49,8 @@ class Sequence:
 
 
 @dataclass
-class Piece:
-    """Tokens of one segment of a document, or of none (an epoch's end)."""
+class Segment:
+    """Tokens of a part of a document, and its place; of none where an epoch ends."""
 
     cursor: Cursor
     ids: Any  # np.ndarray int32, or str until it is tokenised
@@ -60,17 +60,17 @@ class Piece:
     share: float | None = None  # see Block.share
 
 
-Tokenised = tuple[list[Piece], list[Any]]  # pieces, and the backend's encodings of those that are text
+Tokenised = tuple[list[Segment], list[Any]]  # segments, and the backend's encodings of those that are text
 
 
-def with_ids(batches: Iterator[Tokenised]) -> Iterator[Piece]:
-    """The pieces one by one, with ids in place of text. Apart from the tokenising, which lets other threads run."""
-    for pieces, encodings in batches:
+def with_ids(batches: Iterator[Tokenised]) -> Iterator[Segment]:
+    """The segments one by one, with ids in place of text. Apart from the tokenising, which lets other threads run."""
+    for segments, encodings in batches:
         texts = iter(encodings)
-        for piece in pieces:
-            if isinstance(piece.ids, str):
-                piece.ids = ids_of(next(texts))
-            yield piece
+        for segment in segments:
+            if isinstance(segment.ids, str):
+                segment.ids = ids_of(next(texts))
+            yield segment
 
 
 class PackedTextDataset(IterableDataset):
@@ -112,8 +112,8 @@ class PackedTextDataset(IterableDataset):
         """One pass must fill a sequence; reads no further than that, in the files' own order."""
         wanted, found = self.seq_length + 1, 0
         blocks = StreamedBlocks(self.source, self.seed, 0) if self.spec.streaming else self.blocks
-        for piece in with_ids(self._tokenised(self._pieces(blocks.epoch(Cursor()), Cursor()), 1 << 12)):
-            found += len(piece.ids)
+        for segment in with_ids(self._tokenised(self._segments(blocks.epoch(Cursor()), Cursor()), 1 << 12)):
+            found += len(segment.ids)
             if found >= wanted:
                 return
         raise UserError(
@@ -145,7 +145,7 @@ class PackedTextDataset(IterableDataset):
     def stream(self, ahead: Callable[[Iterator[Any]], Iterator[Any]] = iter) -> Iterator[Sequence]:
         """Sequences from the state on, without moving it; `ahead` may put reading and tokenising into threads."""
         blocks = itertools.chain.from_iterable(ahead(self._all_blocks(self.cursor)))
-        batches = ahead(self._tokenised(self._pieces(blocks, self.cursor), MOST_CHARACTERS))
+        batches = ahead(self._tokenised(self._segments(blocks, self.cursor), MOST_CHARACTERS))
         return self._packed(with_ids(batches))
 
     def _all_blocks(self, cursor: Cursor) -> Iterator[list[Block]]:
@@ -159,30 +159,30 @@ class PackedTextDataset(IterableDataset):
             ended.append(Block(cursor, []))
         yield ended
 
-    def _pieces(self, blocks: Iterator[Block], cursor: Cursor) -> Iterator[Piece]:
+    def _segments(self, blocks: Iterator[Block], cursor: Cursor) -> Iterator[Segment]:
         """Segments of the documents in order, from the cursor's segment on, still untokenised."""
         skipped: dict[str, int] = {}
         for block in blocks:
             if not block.rows:  # an epoch ends
-                yield Piece(block.start, self.encoder.separator[:0], skipped=skipped)
+                yield Segment(block.start, self.encoder.separator[:0], skipped=skipped)
                 skipped = {}
             first = cursor.document if block.start[:2] == cursor[:2] else 0
             for index in range(first, len(block.rows)):
                 value, name = block.rows[index]
                 at = block.start._replace(document=index)
-                for number, segment in enumerate(self._segments(value, name, skipped)):
+                for number, content in enumerate(self._contents(value, name, skipped)):
                     if at[:6] == cursor[:6] and number < cursor.segment:
                         continue
-                    ends = segment is self.encoder.separator
-                    yield Piece(at._replace(segment=number), segment, name, ends, skipped, block.share(index))
+                    ends = content is self.encoder.separator
+                    yield Segment(at._replace(segment=number), content, name, ends, skipped, block.share(index))
                     skipped = {}
 
-    def _segments(self, value: object, name: str, skipped: dict[str, int]) -> Iterable[Segment]:
+    def _contents(self, value: object, name: str, skipped: dict[str, int]) -> Iterable[TextOrIds]:
         try:
             if isinstance(value, BadData):
                 raise value
             try:
-                segments = self.encoder.segments(value)
+                contents = self.encoder.segments(value)
             except BadDocument as error:
                 raise BadData(f"{name}: {error} (--on_bad_data skip passes over it)") from error
         except BadData as error:
@@ -191,18 +191,18 @@ class PackedTextDataset(IterableDataset):
             log.warning("skipped: %s", error)
             skipped["bad"] = skipped.get("bad", 0) + 1
             return []
-        if segments == []:
+        if contents == []:
             skipped["skipped_empty"] = skipped.get("skipped_empty", 0) + 1
-        return segments
+        return contents
 
-    def _tokenised(self, pieces: Iterator[Piece], most: int) -> Iterator[Tokenised]:
-        """The pieces with their text tokenised, in batches of a growing number of characters."""
+    def _tokenised(self, segments: Iterator[Segment], most: int) -> Iterator[Tokenised]:
+        """The segments with their text tokenised, in batches of a growing number of characters."""
         limit, waiting, characters = min(FIRST_CHARACTERS, most), [], 0
         failure: Exception | None = None
         try:
-            for piece in pieces:
-                waiting.append(piece)
-                characters += len(piece.ids)
+            for segment in segments:
+                waiting.append(segment)
+                characters += len(segment.ids)
                 if characters >= limit:
                     yield self._encoded(waiting)
                     waiting, characters, limit = [], 0, min(4 * limit, most)
@@ -212,31 +212,33 @@ class PackedTextDataset(IterableDataset):
         if failure is not None:
             raise failure
 
-    def _encoded(self, pieces: list[Piece]) -> Tokenised:
-        texts = [piece.ids for piece in pieces if isinstance(piece.ids, str)]
-        return pieces, self.encoder.encode(texts)
+    def _encoded(self, segments: list[Segment]) -> Tokenised:
+        texts = [segment.ids for segment in segments if isinstance(segment.ids, str)]
+        return segments, self.encoder.encode(texts)
 
-    def _packed(self, pieces: Iterator[Piece]) -> Iterator[Sequence]:
-        """Cut the pieces' tokens into sequences."""
+    def _packed(self, segments: Iterator[Segment]) -> Iterator[Sequence]:
+        """Cut the segments' tokens into sequences."""
         size, counters, draft = self.seq_length + 1, dict(self.counters), Draft()
         skip, cursor = self.cursor.token, self.cursor
-        for piece in pieces:
-            for name, count in piece.skipped.items():
+        for segment in segments:
+            for name, count in segment.skipped.items():
                 counters[name] += count
             at, skip = skip, 0
-            while at < len(piece.ids):
-                taken = piece.ids[at : at + size - draft.length]
+            while at < len(segment.ids):
+                taken = segment.ids[at : at + size - draft.length]
                 at += len(taken)
-                ended = piece.ends and at == len(piece.ids)
-                draft.add(taken, piece.name, ended)
+                ended = segment.ends and at == len(segment.ids)
+                draft.add(taken, segment.name, ended)
                 counters["documents"] += ended
                 counters["tokens"] += len(taken)
                 if draft.length == size:
-                    share = None if piece.share is None or not self.epochs else round(piece.share / self.epochs, 9)
-                    after = piece.cursor._replace(token=at)
+                    share = (
+                        None if segment.share is None or not self.epochs else round(segment.share / self.epochs, 9)
+                    )
+                    after = segment.cursor._replace(token=at)
                     yield draft.as_sequence(size, after, dict(counters), self.encoder.separator, share)
                     draft = Draft()
-            cursor = piece.cursor._replace(token=len(piece.ids))
+            cursor = segment.cursor._replace(token=len(segment.ids))
         if draft.length:
             yield draft.as_sequence(size, cursor, dict(counters), self.encoder.separator, 1.0)
 
