@@ -41,14 +41,13 @@ def assert_equal(found, wanted):
     assert all(torch.allclose(a, b, atol=5e-4) for a, b in zip(found.logits, wanted.logits, strict=True))
 
 
-@pytest.mark.parametrize(("kind", "layers"), [("mistral, sliding", [0, 2]), ("qwen3", [3]), ("llama3 rope", [])])
-def test_the_tokens_of_the_plain_path(kind, layers):
+@pytest.mark.parametrize(("kind", "layers", "rows"), [("mistral, sliding", [0, 2], 1), ("qwen3", [3], 3)])
+def test_the_tokens_of_the_plain_path(kind, layers, rows):
     """256 tokens in float32, so that the cache grows on the way, alone and in a padded batch."""
     student = make(kind, layers)
-    for rows in (1, 3):
-        prompt, mask = prompts(rows)
-        wanted = generate(student, prompt, mask, 256, disable_compile=True)
-        assert_equal(generate(student, prompt, mask, 256), wanted)
+    prompt, mask = prompts(rows)
+    wanted = generate(student, prompt, mask, 256, disable_compile=True)
+    assert_equal(generate(student, prompt, mask, 256), wanted)
 
 
 def test_a_graph_that_is_used_again_after_other_shapes(student):
@@ -81,9 +80,9 @@ def test_a_cache_that_is_kept_is_not_used_again(student):
         assert_equal(generate(student, more, mask, past_key_values=cache), wanted)
 
 
-def test_weights_that_change_are_seen():
+def test_weights_that_change_are_seen(student):
     """In place by the graph that there is; where they stand elsewhere, by a new one."""
-    student = make()
+    student = copy.deepcopy(student)
     prompt, mask = prompts()
     first = generate(student, prompt, mask)
     with torch.no_grad():
@@ -98,10 +97,9 @@ def test_weights_that_change_are_seen():
     assert not torch.allclose(first.logits[-1], moved.logits[-1], atol=1e-2)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_bf16_is_as_near_as_rounding(rows):
+def test_bf16_is_as_near_as_rounding():
     student = make(dtype=torch.bfloat16)
-    prompt, mask = prompts(rows)
+    prompt, mask = prompts(1)
     found, wanted = generate(student, prompt, mask), generate(student, prompt, mask, disable_compile=True)
     same = (found.sequences == wanted.sequences).all(0).long().cumprod(0)[prompt.shape[1] :]
     for step in range(int(same.sum()) + 1 if not same.all() else len(same)):
