@@ -58,6 +58,7 @@ def generation_figures(
     the median time between tokens; peak_bytes: what the device's allocator, or else the process, held at most.
     make_options: from the model to further arguments of `generate`, made anew for each call.
     """
+    tokens = max(tokens, 2)
     prompt = torch.randint(0, model.config.vocab_size, (batch, context), device=model.device)
     cuda = model.device.type == "cuda"
     start = time.perf_counter()

@@ -15,6 +15,7 @@ import download_fineweb_all
 import download_fineweb_subset
 import evaluate
 import export
+import generate
 from arguments import parse_arguments
 from conftest import ROOT, tiny_llama_config
 from helpers import runs
@@ -27,6 +28,7 @@ NOT_RUN = {
     "pip install -r requirements.txt": "installs packages and asks for an account",
     "--tasks arc_easy": "needs lm-evaluation-harness and its data; tests/evaluation/test_evaluate.py runs both",
     "vllm serve": "needs vLLM; tests/engines.sh runs it",
+    "transformers chat": "a server does not end, and asks for packages of its own",
     "docs/schedulers.md": "needs a scheduler; tests/run/test_schedulers.py parses and runs its files",
 }
 # What is done before a block and after it, where a reader would wait, or knows what he has.
@@ -47,6 +49,7 @@ PARSERS = {
     "train.py": parse_arguments,
     "evaluate.py": evaluate.parse,
     "export.py": export.parse,
+    "generate.py": generate.parse,
     "download_fineweb_subset.py": download_fineweb_subset.parse,
     "download_fineweb_all.py": download_fineweb_all.parse,
 }

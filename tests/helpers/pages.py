@@ -33,6 +33,7 @@ SMALL = {
     "--second_dataset_tokens 128 --second_dataset_epochs 1 --shuffle_buffer 16 --batch_size 1 --network_patience 5",
     "evaluate.py": "--device cpu --tokens 256 --seq_length 64 --recall_pairs --recall_lengths --speed_tokens 2 "
     "--network_patience 5",
+    "generate.py": "--device cpu --max_new_tokens 4 --network_patience 5",
     "download_fineweb_subset.py": "--max_samples 40 --network_patience 5",
     "download_fineweb_all.py": "--network_patience 5",
 }

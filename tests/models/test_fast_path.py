@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from helpers.teachers import TEACHERS, make_student, make_teacher
 from models import fast_path
 from models.fast_path import FastCache
-from models.workspace import capacity_for
+from models.workspace import Workspace, capacity_for
 
 KINDS = {name: [1] for name in TEACHERS} | {
     "qwen2, sliding in half": [1, 3],
@@ -213,3 +213,21 @@ def test_why_a_call_takes_the_plain_path(hybrid):
 def test_capacities_are_few_and_near(tokens):
     capacity = capacity_for(tokens)
     assert tokens <= capacity <= max(tokens + 256, 1.125 * tokens + 1) and capacity_for(capacity) == capacity
+
+
+def test_a_step_that_cannot_be_recorded_runs_as_it_is(hybrid, monkeypatch):
+    """First without compilation, then without a graph; each is said, and neither is tried again."""
+    tried = []
+
+    def record(space, model, mixers, attention):
+        tried.append(mixers)
+        raise RuntimeError("no working compiler")
+
+    monkeypatch.setattr(Workspace, "record", record)
+    monkeypatch.setattr(fast_path.logger, "warning", lambda text: said.append(text))
+    said, decoder = [], fast_path.Decoder()
+    for _ in range(2):
+        assert decoder._record(hybrid, 1, 256).graph is None
+    assert len(tried) == 2 and tried[1] is fast_path.mixer_step
+    refused = [text.split(",")[0] for text in said if "cannot" in text]
+    assert refused == ["the decoding step cannot be compiled", "the decoding step cannot be recorded"]
