@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flags.reading import Parser, real, whole
-from utils import UserError, check_folder_writable
+from utils import UserError, check_folder_writable, complain
 
 SPARE = 2**30  # bytes that stay free beside the mirror
 
@@ -143,7 +143,13 @@ def mirror(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.hf_home:
-        os.environ["HF_HOME"] = args.hf_home
+        home = Path(args.hf_home).expanduser()
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            complain(f"--hf_home {home}: cannot be made ({error.strerror})")
+            return 2
+        os.environ["HF_HOME"] = str(home)
     from hub.hub_files import exit_status
 
     return exit_status(lambda: mirror(args))

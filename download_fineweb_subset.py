@@ -26,7 +26,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--dataset", default="HuggingFaceFW/fineweb-edu", help="hub id, or a local folder or file")
-    add("--subset", default="CC-MAIN-2014-49", help="configuration or folder; '' for none")
+    add("--subset", help="configuration or folder; '' for none (default: CC-MAIN-2014-49 of a FineWeb, else none)")
     add("--split", default="train", help="split")
     add("--revision", default=None, help="commit, tag or branch")
     add("--output_dir", required=True, help="folder for the shards and manifest.json")
@@ -37,7 +37,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--no_streaming", action="store_true", help="download the files into the cache first, then read them")
     add("--on_bad_data", choices=["error", "skip"], default="error", help="what to do with rows that cannot be read")
     add("--network_patience", type=real(0), default=600.0, help="seconds to ride out a network fault")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.subset is None:
+        args.subset = "CC-MAIN-2014-49" if "fineweb" in args.dataset.lower() else ""
+    return args
 
 
 class Manifest:
@@ -70,8 +73,12 @@ class Manifest:
         write_whole(self.path, (json.dumps(self.content, indent=1) + "\n").encode())
 
 
-def rows_after(args: argparse.Namespace, manifest: Manifest) -> Iterator[tuple[str | None, list[int]]]:
-    """(text, position behind it) of every row after the manifest's position, in the source's own order."""
+def rows_after(args: argparse.Namespace, manifest: Manifest) -> Iterator[tuple[dict[str, Any], list[int]]]:
+    """(row, position behind it) of all after the manifest's position, in the source's own order.
+
+    A row is {"text": ...}, or {"conversations": ...} of a data set that has those and no text. Empty ones are left
+    out.
+    """
     from text.text_sources import SourceSpec, open_source
 
     spec = SourceSpec(
@@ -83,7 +90,6 @@ def rows_after(args: argparse.Namespace, manifest: Manifest) -> Iterator[tuple[s
         on_bad_data=args.on_bad_data,
         network_patience=args.network_patience,
         streaming=not args.no_streaming,
-        chat=False,
     )
     source = open_source(spec, manifest.content["commit"])
     if manifest.content["identity"] not in (None, source.identity):
@@ -95,12 +101,14 @@ def rows_after(args: argparse.Namespace, manifest: Manifest) -> Iterator[tuple[s
             if args.on_bad_data == "error":
                 raise value
             continue
-        yield (str(value, "utf-8") if isinstance(value, bytes | memoryview) else value), list(position)
+        value = str(value, "utf-8") if isinstance(value, bytes | memoryview) else value
+        if value and (source.chat or value.strip()):
+            yield {"conversations" if source.chat else "text": value}, list(position)
 
 
-def encode_shard(texts: list[str], compression: str) -> bytes:
-    """JSON lines {"text": ...}; gzip without time and name, so that the same rows give the same bytes."""
-    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts).encode()
+def encode_shard(rows: list[dict[str, Any]], compression: str) -> bytes:
+    """JSON lines; gzip without time and name, so that the same rows give the same bytes."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     if compression == "none":
         return lines
     buffer = io.BytesIO()
@@ -130,35 +138,33 @@ def download(args: argparse.Namespace) -> None:
 def write_shards(args: argparse.Namespace, folder: Path, manifest: Manifest, done: int, bar: Any) -> int:
     """Every shard after the `done` rows that are there, with a line each; returns the rows that are there then."""
     progress = Progress(done, args.max_samples, bar)
-    texts: list[str] = []
-    for text, position in rows_after(args, manifest):
+    rows: list[dict[str, Any]] = []
+    for row, position in rows_after(args, manifest):
         bar.update(done - bar.n)
         manifest.content["position"] = position
-        if not text or not text.strip():
-            continue
-        texts.append(text)
+        rows.append(row)
         done += 1
         finished = bool(args.max_samples) and done >= args.max_samples
-        if len(texts) == args.samples_per_file or finished:
-            progress.show(done, add_shard(folder, manifest, texts, args.compression))
-            texts = []
+        if len(rows) == args.samples_per_file or finished:
+            progress.show(done, add_shard(folder, manifest, rows, args.compression))
+            rows = []
         if finished:
             break
     else:
         manifest.content["complete"] = True
-    if texts:
-        progress.show(done, add_shard(folder, manifest, texts, args.compression))
+    if rows:
+        progress.show(done, add_shard(folder, manifest, rows, args.compression))
     return done
 
 
-def add_shard(folder: Path, manifest: Manifest, texts: list[str], compression: str) -> int:
+def add_shard(folder: Path, manifest: Manifest, rows: list[dict[str, Any]], compression: str) -> int:
     """Write the next shard and the manifest that lists it; returns its bytes."""
     shards = manifest.content["shards"]
     name = f"shard-{len(shards):05}.jsonl{'.gz' if compression == 'gzip' else ''}"
-    content = encode_shard(texts, compression)
+    content = encode_shard(rows, compression)
     write_whole(folder / name, content)
     digest = hashlib.sha256(content).hexdigest()
-    shards.append({"name": name, "rows": len(texts), "bytes": len(content), "sha256": digest})
+    shards.append({"name": name, "rows": len(rows), "bytes": len(content), "sha256": digest})
     manifest.write()
     return len(content)
 

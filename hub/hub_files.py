@@ -302,7 +302,9 @@ def cached_files(name: str, subset: str, split: str, revision: str | None) -> tu
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        snapshot = Path(snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True))
+        page = ["README.md"]  # of a part of a repository only what is asked for here has to be there
+        where: Any = dict(repo_type="dataset", revision=revision, local_files_only=True, allow_patterns=page)
+        snapshot = Path(snapshot_download(name, **where))
     except LocalEntryNotFoundError:
         snapshot = None
     return snapshot, _prepared_arrow_files(name, subset, split)
@@ -319,6 +321,17 @@ def _prepared_arrow_files(name: str, subset: str, split: str) -> list[str]:
         if files:
             return files
     return []
+
+
+def cached_tree(name: str, commit: str) -> list[str]:
+    """Every file that a Hub dataset has at a commit, as far as the cache knows; empty where it does not."""
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return [entry.path for entry in get_cached_repo_tree(name, repo_type="dataset", revision=commit)]
+    except LocalEntryNotFoundError:
+        return []
 
 
 def cache_folders() -> str:

@@ -172,10 +172,8 @@ class RunText:
         args = self.args
         if not args.choice_dataset:
             return self._loader("stage1", Ranks(), alone=True)
-        source: dict[str, Any] = dict(name=args.choice_dataset, flag="--choice_dataset_", subset="", split="train")
-        source["revision"] = self._revision("choice_dataset")
         return build_loader(
-            replace(self.source("stage1"), streaming=True, **source),
+            self.choice_source(),
             self.tokenizer,
             seq_length=args.seq_length,
             batch_size=args.batch_size,
@@ -190,6 +188,14 @@ class RunText:
         text = RecallText(vocabulary_of(source, KEY_WORDS), self.args.seed + CHOICE_SEED, self.args.seq_length)
         encoder = DocumentEncoder(self.tokenizer, started=self.origins.text_version > 1)
         return recall_sequences(text, encoder, self.args.seq_length, count)
+
+    def choice_source(self) -> SourceSpec:
+        """The source of `--choice_dataset`."""
+        source: dict[str, Any] = dict(
+            name=self.args.choice_dataset, flag="--choice_dataset_", subset="", split="train"
+        )
+        source["revision"] = self._revision("choice_dataset")
+        return replace(self.source("stage1"), streaming=True, **source)
 
     def check_choice(self) -> None:
         """Raise a `UserError` where `--layers auto:K` would choose on the text that figures are reported on."""

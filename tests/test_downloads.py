@@ -217,3 +217,26 @@ def test_mirror_is_verified_repaired_and_trains(hub, tmp_path, run_script, repos
     changes = dict(max_steps=2, dataset_subset="CC-MAIN-2014-49", local_files_only=True)
     trained = run_script("train.py", *runs.flags(tiny_teacher, sources, tmp_path / "run", **changes))
     assert trained.returncode == 0, trained.stderr[-1500:]
+
+
+def test_conversations_are_kept_as_they_are(tmp_path, sources, run_script):
+    """OpenHermes has no text column; train.py reads the shards as it reads the data set itself."""
+    folder = tmp_path / "OpenHermes"
+    folder.mkdir()
+    rows = [json.loads(line) for line in gzip.decompress(sources["conversations"].read_bytes()).splitlines()]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
+    with LoopbackHub() as server:
+        server.add("datasets", "org/OpenHermes", folder)
+        flags = ["--dataset", "org/OpenHermes", "--output_dir", tmp_path / "out", "--network_patience", "5"]
+        done = run_script("download_fineweb_subset.py", *flags, env=server.environment(tmp_path / "home"))
+    assert done.returncode == 0, done.stderr
+    (shard,) = sorted((tmp_path / "out").glob("shard-*"))
+    written = [json.loads(line) for line in gzip.decompress(shard.read_bytes()).splitlines()]
+    assert written == [{"conversations": row["conversations"]} for row in rows]
+
+
+def test_hf_home_is_created(hub, tmp_path, run_script):
+    home = tmp_path / "new" / "home"
+    flags = ["--dataset", "org/fineweb", "--output_dir", tmp_path / "out", "--hf_home", home, "--dry_run"]
+    done = run_script("download_fineweb_all.py", *flags, env=hub.environment(tmp_path / "other"))
+    assert done.returncode == 0 and home.is_dir(), done.stderr

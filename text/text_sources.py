@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from hub.hub_files import DataStreamLost, HubFile, Patience, cache_folders, cached_files, list_hub_files
+from hub.hub_files import DataStreamLost, HubFile, Patience, cache_folders, cached_files, cached_tree, list_hub_files
 from text.row_readers import BadData, TextFile, column_types, data_format, plain_value
 from utils import UserError
 
@@ -252,15 +252,37 @@ def files_from_caches(spec: SourceSpec) -> tuple[list[TextFile], str | None]:
         if not spec.subset or configured or any(folder.is_dir() for folder in folders):
             files = local_files(snapshot, spec.subset, spec.split, spec.flag)
     commit = snapshot.name if snapshot is not None and files else None
+    if snapshot is not None and (missing := _missing(spec, snapshot, files)):
+        raise UserError(
+            f"--local_files_only: dataset {spec.name} is in the cache in part: {len(missing)} files are missing, "
+            f"{missing[0]} the first; run download_all.py again with the same flags"
+        )
     files = files or [_local_file(Path(path), Path(path).parent) for path in arrow]
     if not files:
         subset = f", subset {spec.subset}" if spec.subset else ""
         raise UserError(
             f"--local_files_only: dataset {spec.name}{subset}, split {spec.split}, revision "
-            f"{spec.revision or 'main'}, is not in the caches {cache_folders()}"
+            f"{spec.revision or 'main'}, is not in the caches {cache_folders()}; {_hint()}"
         )
     log.info("%s: %d files from the caches", spec.name, len(files))
     return files, commit
+
+
+def _missing(spec: SourceSpec, snapshot: Path, files: list[TextFile]) -> list[str]:
+    """Files of the split that a download was interrupted before: those beside `files` that the repository has."""
+    folders, split = {Path(file.name).parent for file in files}, _split_of(spec.split)
+    beside = [path for path in cached_tree(spec.name, snapshot.name) if Path(path).parent in folders]
+    wanted = [path for path in beside if data_format(path) and (_split_of(path) or "train") == split]
+    kinds = {data_format(file.name) for file in files}
+    return [path for path in wanted if data_format(path) in kinds and not (snapshot / path).exists()]
+
+
+def _hint() -> str:
+    """What helps where the caches lack a data set."""
+    home = Path(os.environ.get("HF_HOME", "")).expanduser()
+    if os.environ.get("HF_HOME") and not (home / "hub").exists() and _data_paths(home):
+        return f"HF_HOME {home} is a folder of text, not a cache: name it as the data set, with --dataset_name {home}"
+    return "download_all.py with the same flags brings it there; a folder of text is named by its path"
 
 
 def choose_column(spec: SourceSpec, files: list[TextFile]) -> tuple[str, bool]:

@@ -36,6 +36,7 @@ SMALL = {
     "generate.py": "--device cpu --max_new_tokens 4 --network_patience 5",
     "download_fineweb_subset.py": "--max_samples 40 --network_patience 5",
     "download_fineweb_all.py": "--network_patience 5",
+    "download_all.py": "--network_patience 5",
 }
 # Each word in turn goes from the front of the arguments to their end; on the way a GPU becomes the CPU and an
 # alignment short. Before a script under torchrun comes the number of processes, which then overrides the page's.
