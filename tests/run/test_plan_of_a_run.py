@@ -35,6 +35,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path, tiny_teacher, sou
     assert "max_lr: 0.001\n" in done.stdout and "second_dataset_epochs: 1\n" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_dry_run_where_there_is_no_gpu_states_its_rate(tmp_path, tiny_teacher, sources, run_script):
     argv = runs.flags(tiny_teacher, sources, tmp_path / "run", device="cuda:0", dtype="bfloat16", skip_stage2=True)
     done = run_script("train.py", *argv, "--dry_run", env={"CUDA_VISIBLE_DEVICES": ""})
