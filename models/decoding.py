@@ -34,10 +34,8 @@ def attention_step(
     query, key, value = query_key_value(attention, layer.input_layernorm(hidden), rotary, rotate)
     keys.index_copy_(2, place, key)
     values.index_copy_(2, place, value)
-    y = F.scaled_dot_product_attention(
-        query, keys, values, attn_mask=visible[:, None, None], scale=attention.scaling, enable_gqa=True
-    )
-    hidden = hidden + vector_product(attention.o_proj, y.transpose(1, 2).flatten(2))
+    y = attend(query, keys, values, visible[:, None, None], attention.scaling)
+    hidden = hidden + vector_product(attention.o_proj, y)
     return hidden + mlp_step(layer.mlp, layer.post_attention_layernorm(hidden))
 
 
@@ -52,6 +50,20 @@ def query_key_value(
         query, key = attention.q_norm(query), attention.k_norm(key)
     query, key = rotate(query.transpose(1, 2), key.transpose(1, 2), *rotary)
     return query, key, value.transpose(1, 2)
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """One token's attention: query [b, h*r, 1, w], keys and values [b, h, S, w], visible [b, 1, 1, S]; [b, 1, h*r*w].
+
+    On CUDA cuDNN's kernel reads the keys of a group of queries once; a CPU's is 6 times faster in bf16 with these
+    queries as rows of one product, which on CUDA is 2 to 15 times slower.
+    """
+    if query.is_cuda:
+        y = F.scaled_dot_product_attention(query, keys, values, attn_mask=visible, scale=scale, enable_gqa=True)
+        return y.transpose(1, 2).flatten(2)
+    rows = query.squeeze(2).unflatten(1, (keys.shape[1], -1))  # [b, h, r, w]
+    mask = visible.expand(-1, -1, rows.shape[2], -1)
+    return F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale).flatten(1)[:, None]
 
 
 def mlp_step(mlp: Any, u: Tensor) -> Tensor:
