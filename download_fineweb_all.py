@@ -13,14 +13,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flags.reading import Parser, real, whole
+from flags.reading import HelpFormatter, Parser, real, whole
 from utils import UserError, check_folder_writable, complain
 
 SPARE = 2**30  # bytes that stay free beside the mirror
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--dataset", default="HuggingFaceFW/fineweb-edu", help="hub id of the data set")
     add("--output_dir", required=True, help="folder of the mirror")

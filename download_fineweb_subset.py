@@ -18,12 +18,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flags.reading import Parser, real, whole
+from flags.reading import HelpFormatter, Parser, real, whole
 from utils import UserError, check_folder_writable, progress_bar, write_whole
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--dataset", default="HuggingFaceFW/fineweb-edu", help="hub id, or a local folder or file")
     add("--subset", help="configuration or folder; '' for none (default: CC-MAIN-2014-49 of a FineWeb, else none)")

@@ -14,9 +14,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evaluation.card import write_into_card
 from evaluation.harness import harness_figures
 from evaluation.report import draw, print_table
-from flags.reading import Parser, device_name, real, whole
+from flags.reading import HelpFormatter, Parser, device_name, real, whole
 from hub.hub_files import DataStreamLost
 from utils import UserError, check_folder_writable, complain, wait_passively
 
@@ -27,7 +28,7 @@ MOST_PAIRS = 306  # different names in `recall.phone_book`
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--student", "--student_model", required=True, help="checkpoint folder or hub id of the student")
     add("--teacher", "--teacher_model", required=True, help="folder or hub id of the teacher")
@@ -67,6 +68,9 @@ def validate(args: argparse.Namespace) -> Path:
     output = Path(args.output_dir or args.student)
     if not args.output_dir and not output.is_dir():
         raise UserError(f"--student {args.student} is no folder here: give --output_dir for the figures")
+    runs = Path(args.student)
+    if (runs / "final" / "config.json").is_file() and not (runs / "config.json").exists():
+        raise UserError(f"--student {args.student} is a run's folder; its model is {runs / 'final'}")
     check_folder_writable("--output_dir", output)
     if args.tasks and importlib.util.find_spec("lm_eval") is None:
         raise UserError("--tasks needs lm-evaluation-harness: pip install -r requirements-eval.txt")
@@ -184,7 +188,9 @@ def main(argv: list[str] | None = None) -> int:
     output.mkdir(parents=True, exist_ok=True)
     (output / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
     draw(report, output / "evaluation.png")
-    print(f"\nwritten: {output / 'evaluation.json'}, {output / 'evaluation.png'}")
+    carded = write_into_card(Path(args.student), report)
+    card = f", {Path(args.student) / 'README.md'}" if carded else ""
+    print(f"\nwritten: {output / 'evaluation.json'}, {output / 'evaluation.png'}{card}")
     return 0
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arguments import Parser, real
+from flags.reading import HelpFormatter
 from hub.hub_files import DataStreamLost
 from serving.llama_cpp import EngineDiffers
 from utils import UserError, check_folder_writable, complain, wait_passively
@@ -23,7 +24,7 @@ DTYPES = {"granite": ("float32", "bfloat16"), "gguf": ("float32", "bfloat16", "q
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--model", "--student_model", required=True, help="checkpoint folder or hub id of the student")
     add("--format", choices=list(DTYPES), required=True, help="granite: a folder for transformers, vLLM and SGLang; "

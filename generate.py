@@ -15,13 +15,13 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from flags.reading import Parser, device_name, real, whole
+from flags.reading import HelpFormatter, Parser, device_name, real, whole
 from hub.hub_files import DataStreamLost
 from utils import UserError, complain, wait_passively
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--model", required=True, help="folder or hub id of a student, or of any model of transformers")
     add("--prompt", default="", help="one message: its answer is printed, and nothing is asked")

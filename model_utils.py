@@ -63,10 +63,22 @@ def load_config(
 ) -> Any:
     """The configuration of a hub id (at a commit) or local folder; a `UserError` names what is missing."""
     require_model_folder(name)
+    where: Any = dict(local_files_only=local_files_only, revision=revision or "main")
     try:
-        return config_class.from_pretrained(name, local_files_only=local_files_only, revision=revision or "main")
+        if config_class is LlambaConfig:
+            _require_llamba(name, config_class.get_config_dict(name, **where)[0])
+        return config_class.from_pretrained(name, **where)
     except (OSError, ValueError) as error:
         raise UserError(_load_failure("configuration", name, local_files_only, error)) from error
+
+
+def _require_llamba(name: str, content: dict[str, Any]) -> None:
+    kind = content.get("model_type", LlambaConfig.model_type)  # the published checkpoints do not say
+    if kind != LlambaConfig.model_type:
+        raise UserError(
+            f"--student_model {name}: is a {kind} model, not a Llamba; name it as the --teacher_model, and "
+            "--student_model from_teacher makes a student of it"
+        )
 
 
 def get_tokenizer(name: str, *, local_files_only: bool = False, revision: str | None = None) -> Any:

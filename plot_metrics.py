@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from flags.reading import HelpFormatter
 from run.metrics_file import read_metrics
 
 PANELS = (
@@ -163,7 +164,7 @@ def run_labels(paths: Sequence[Path]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders or metrics.jsonl files")
     parser.add_argument("--output", type=Path, default=Path("metrics.png"), help="picture to write")
     parser.add_argument("--x", choices=["tokens", "step"], default="tokens", help="horizontal axis")

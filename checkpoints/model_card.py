@@ -16,6 +16,8 @@ def model_card(metadata: dict[str, Any]) -> str:
     text = [flags[flag] for flag in flags_of_text]
     commits = recorded_commits(metadata)
 
+    flags = {name: without_folders(value) for name, value in flags.items()}
+
     def named(flag: str) -> str:
         return f"`{flags[flag]}`" + (f" at commit {commits[flag]}" if flag in commits else "")
 
@@ -49,7 +51,7 @@ model = AutoModelForCausalLM.from_pretrained("<this folder>", trust_remote_code=
 tokenizer = AutoTokenizer.from_pretrained("<this folder>", trust_remote_code=True)
 ```
 
-The licences of the teacher and of the text apply to this model.
+The licences of the teacher and of the text apply to this model.{licence(flags["teacher_model"])}
 
 | flag | value |
 | --- | --- |
@@ -77,6 +79,23 @@ def links(teacher: str, text: list[str]) -> str:
     base = f"base_model: {teacher}\n" if is_repository(teacher) else ""
     names = [name for name in text if is_repository(name)]
     return base + (f"datasets: [{', '.join(names)}]\n" if names else "")
+
+
+def without_folders(value: Any) -> Any:
+    """A flag's value as strangers may see it: of an absolute path its last part alone, also within a list."""
+    if isinstance(value, list):
+        return [without_folders(entry) for entry in value]
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
+
+
+def licence(teacher: str) -> str:
+    """What a Llama's licence asks of models made from it (Llama 3.1 Community License, section 1.b.i)."""
+    if not re.search(r"llama-?[34]", teacher.lower()):
+        return ""
+    return (
+        " The teacher's is Llama's: whoever passes this model on adds the licence and a notice, writes "
+        '"Built with Llama" where it is used, and begins the model\'s name with "Llama".\n\nBuilt with Llama'
+    )
 
 
 def is_repository(name: str) -> bool:

@@ -21,6 +21,14 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """--help with the module's text as it is, and with the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.default in (None, "", [], False) or "(default" in (action.help or "")
+        return action.help if silent else super()._get_help_string(action)
+
+
 def whole(minimum: int, maximum: int = 2**63 - 1):
     """A parser of whole numbers from `minimum` to `maximum` (int64's by default), whose complaint says so."""
 

@@ -10,15 +10,15 @@ import torch
 from utils import UserError
 
 
-def check_device(name: str) -> torch.device:
-    """The device, or a `UserError` that says which CUDA devices there are."""
+def check_device(name: str, flag: str = "--device") -> torch.device:
+    """The device, or a `UserError` that names the flag and says which CUDA devices there are."""
     device = torch.device(name)
     if device.type != "cuda":
         return device
     count = torch.cuda.device_count()
     if (device.index or 0) >= count:
-        known = f"cuda:0 to cuda:{count - 1}" if count else "none; use --device cpu"
-        raise UserError(f"--device {name}: this machine has no such CUDA device (there: {known})")
+        known = f"cuda:0 to cuda:{count - 1}" if count else f"none; use {flag} cpu"
+        raise UserError(f"{flag} {name}: this machine has no such CUDA device (there: {known})")
     return device
 
 

@@ -196,7 +196,7 @@ def check_devices(args: Arguments, ranks: Ranks) -> tuple[torch.device, torch.de
         torch.cuda.set_device(own)  # Triton's kernels and CUDA graphs are launched on the current device
     if args.teacher_device is None:
         return own, own
-    teacher_device = check_device(args.teacher_device)
+    teacher_device = check_device(args.teacher_device, "--teacher_device")
     if ranks.alone:
         return own, teacher_device
     if teacher_device.type == "cuda" and (teacher_device.index or 0) < ranks.local_world_size:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import urllib.error
@@ -11,7 +12,9 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
+from checkpoints.files import damage
 from checkpoints.model_card import model_card
+from evaluation.card import write_into_card
 from helpers.hub_server import LoopbackHub
 from helpers.teachers import TEACHERS, make_student, make_teacher
 from model_utils import get_student_model
@@ -139,6 +142,42 @@ def test_the_card_has_the_held_out_figures():
     assert "lowest" not in card
     metadata["progress"]["best"] = {**last, "kl": 0.2, "step": 600}
     assert "- lowest held-out KL of the run: 0.2000 at step 600\n" in model_card(metadata)
+
+
+def test_a_card_shows_no_folder_of_this_machine(tmp_path):
+    metadata = json.loads(json.dumps(METADATA))
+    metadata["flags"] |= {"teacher_model": f"{tmp_path}/teacher", "dataset_name": f"{tmp_path}/text.jsonl.gz"}
+    metadata["flags"] |= {"output_dir": "/elsewhere/run", "mix": ["/elsewhere/code.jsonl=0.2"]}
+    card = model_card(metadata)
+    assert str(tmp_path) not in card and "elsewhere" not in card
+    assert "student of teacher" in card and "- text: `text.jsonl.gz`" in card and "code.jsonl=0.2" in card
+
+
+def test_a_llamas_licence_is_named():
+    metadata = json.loads(json.dumps(METADATA))
+    assert "Built with Llama" not in model_card(metadata)
+    metadata["flags"]["teacher_model"] = "meta-llama/Llama-3.1-8B-Instruct"
+    card = model_card(metadata)
+    assert card.count("\nBuilt with Llama\n") == 1 and 'name with "Llama"' in card
+
+
+def test_an_evaluation_goes_into_the_card(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint[0], tmp_path / "run" / "final")
+    report = {"flags": {"dataset_name": "/elsewhere/held.jsonl"}, "held_out": {**FIGURES, "tokens": 64.0},
+              "recall_share": {"all": {"share": 0.5}, "trained": {"share": None}},
+              "harness": {"piqa": {"acc": 0.75}}}  # fmt: skip
+    for kl in (0.5, 0.25):  # a second evaluation takes the first one's place
+        report["held_out"]["kl"] = kl
+        assert write_into_card(folder, report)
+        assert damage(folder) is None
+    text = (folder / "README.md").read_text()
+    assert text.count("| held.jsonl | KL(teacher, student), nats a token | 0.25 |") == 1 and "0.5 |" in text
+    assert text.count("<!-- evaluation -->") == 1 and "elsewhere" not in text
+    results = ModelCard(text).data.eval_results
+    assert {(entry.dataset_name, entry.metric_type, entry.metric_value) for entry in results} >= {
+        ("held.jsonl", "kl", 0.25), ("piqa", "acc", 0.75), ("recall in context", "all, share of the teacher's", 0.5),
+    }  # fmt: skip
+    assert not write_into_card(tmp_path, report)
 
 
 def test_local_files_are_no_hub_links(tmp_path):

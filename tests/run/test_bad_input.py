@@ -7,6 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import download_fineweb_all
+import download_fineweb_subset
+import evaluate
 import train
 from helpers import runs
 
@@ -162,3 +165,25 @@ def test_a_password_in_a_wrong_flag_is_masked(capsys, tmp_path, tiny_teacher, so
     for changes in (dict(dataset_name="https://user:correcthorse@host/x.jsonl"), dict(hf_token="hf_" + "a" * 30)):
         line = complaint(capsys, runs.flags(tiny_teacher, sources, tmp_path / "run", **changes))
         assert "***" in line and "correcthorse" not in line and "aaaa" not in line
+
+
+def test_a_llama_as_student_and_a_device_that_is_not_there(capsys, tmp_path, tiny_teacher, sources):
+    line = complaint(capsys, runs.flags(tiny_teacher, sources, tmp_path / "run", student_model=tiny_teacher))
+    assert "is a llama model, not a Llamba" in line and "from_teacher" in line
+    line = complaint(capsys, runs.flags(tiny_teacher, sources, tmp_path / "run", teacher_device="cuda:33"))
+    assert "--teacher_device cuda:33: this machine has no such CUDA device" in line
+
+
+def test_evaluate_names_the_model_of_a_run(tmp_path, capsys):
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "config.json").write_text("{}")
+    assert evaluate.main(["--student", str(tmp_path), "--teacher", "x", "--device", "cpu"]) == 2
+    assert f"its model is {tmp_path / 'final'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", [evaluate, download_fineweb_all, download_fineweb_subset])
+def test_help_shows_defaults(script, capsys):
+    with pytest.raises(SystemExit):
+        script.parse(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "(default: 600.0)" in shown and "(default: None)" not in shown
