@@ -29,8 +29,8 @@ def ask(file: Path, **request: Any) -> dict[str, Any]:
 
     prompts: lists of token ids; new: tokens to generate greedily after each; top: how many log-probabilities at
     each; texts: to be tokenised; parallel: prompts at a time. Returns completions, for each prompt a list of
-    {"id", "top": {id: log-probability}} (empty where it tells none), and tokens, for each text its ids. Raises
-    `EngineDiffers` with the reason where it gives up.
+    {"id", "top": {id: log-probability}} (empty where it tells none); rates, of each prompt's tokens a second read and
+    generated; and tokens, for each text its ids. Raises `EngineDiffers` with the reason where it gives up.
     """
     command = [sys.executable, "-m", "serving.llama_cpp"]
     options: dict[str, Any] = dict(cwd=Path(__file__).parents[1], env={**os.environ, "GGML_NO_BACKTRACE": "1"})
@@ -63,20 +63,21 @@ def post(server: Any, path: str, body: dict[str, Any]) -> dict[str, Any]:
         return json.load(answer)
 
 
-def complete(server: Any, prompt: list[int], new: int, top: int) -> list[dict[str, Any]]:
+def complete(server: Any, prompt: list[int], new: int, top: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """The greedy tokens after a prompt, each with the likeliest `top` tokens in its place.
 
-    The server tells nothing of a token that leaves the text no whole UTF-8.
+    The server tells nothing of a token that leaves the text no whole UTF-8. Also tokens/s read and generated.
     """
     options = {"temperature": 0.0, "cache_prompt": False, "return_tokens": True, "n_probs": top, "n_predict": new}
     answer = post(server, "completion", {"prompt": prompt, **options})
     told: dict[int, list[dict[int, float]]] = {}
-    for entry in answer["completion_probabilities"]:
+    for entry in answer.get("completion_probabilities", []):
         likeliest = {other["id"]: other["logprob"] for other in entry["top_logprobs"]}
         told.setdefault(entry["id"], []).append(likeliest)
     tokens = answer["tokens"]
     unsure = {token for token in tokens if tokens.count(token) != len(told.get(token, []))}
-    return [{"id": token, "top": {} if token in unsure else told[token].pop(0)} for token in tokens]
+    rates = {"read": answer["timings"]["prompt_per_second"], "generated": answer["timings"]["predicted_per_second"]}
+    return [{"id": token, "top": {} if token in unsure else told[token].pop(0)} for token in tokens], rates
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
@@ -86,10 +87,10 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     server = start(request["model"], parallel)
     with ThreadPoolExecutor(parallel) as pool:
         prompts = request.get("prompts", [])
-        completions = list(pool.map(lambda p: complete(server, p, request["new"], request["top"]), prompts))
+        found = list(pool.map(lambda p: complete(server, p, request["new"], request["top"]), prompts))
     texts = [{"content": text, "add_special": True} for text in request.get("texts", [])]
     tokens = [post(server, "tokenize", body)["tokens"] for body in texts]
-    return {"completions": completions, "tokens": tokens}
+    return {"completions": [told for told, _ in found], "rates": [rates for _, rates in found], "tokens": tokens}
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def servable_student(layers, config=None, **mixers):
 
 def checkpoint_of(student, folder: Path, tokenizer_dir: Path, dtype=torch.float32) -> Path:
     student.to(dtype).save_pretrained(folder)
-    for file in tokenizer_dir.iterdir():
+    for file in (*tokenizer_dir.glob("tokenizer*.json"), *tokenizer_dir.glob("*.jinja")):
         shutil.copy(file, folder / file.name)
     return folder
 
