@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from helpers.teachers import TEACHERS, make_student, make_teacher
+from models import fast_path
 from models.fast_path import FastCache, decoder_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
@@ -97,20 +98,25 @@ def test_weights_that_change_are_seen(student):
     assert not torch.allclose(first.logits[-1], moved.logits[-1], atol=1e-2)
 
 
-def test_bf16_is_as_near_as_rounding():
+def test_bf16_is_as_near_to_float32_as_the_plain_path_is():
+    """Within 2e-2 of the largest logit, or as near as bf16 itself comes with these weights."""
     student = make(dtype=torch.bfloat16)
     prompt, mask = prompts(1)
-    found, wanted = generate(student, prompt, mask), generate(student, prompt, mask, disable_compile=True)
-    same = (found.sequences == wanted.sequences).all(0).long().cumprod(0)[prompt.shape[1] :]
-    for step in range(int(same.sum()) + 1 if not same.all() else len(same)):
-        apart = (found.logits[step] - wanted.logits[step]).abs().max()
-        assert apart <= 2e-2 * wanted.logits[step].abs().max(), step
+    errors = {}
+    for plain in (False, True):
+        found = generate(student, prompt, mask, disable_compile=plain)
+        with torch.no_grad():
+            exact = copy.deepcopy(student).float()(found.sequences).logits[0, prompt.shape[1] - 1 : -1]
+        logits = torch.cat(found.logits).float()
+        errors[plain] = ((logits - exact).abs().amax(-1) / exact.abs().amax(-1)).mean().item()
+    assert errors[False] <= max(2e-2, 1.25 * errors[True])
 
 
-def test_where_it_cannot_it_says_so_once(student, caplog, monkeypatch):
+def test_where_it_cannot_it_says_so_once(student, caplog):
     from transformers.utils import logging
 
     logging.enable_propagation()
+    type(fast_path.logger).warning_once.cache_clear()
     prompt, mask = prompts(1)
     handle = student.backbone.layers[0].register_forward_hook(lambda *_: None)
     try:
