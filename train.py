@@ -80,7 +80,7 @@ def distill(args: Arguments, ranks: "Ranks") -> int:
     from run.session import Session
     from run.signals import StopSignals
     from run.terminal import SignOfLife, quiet_libraries, stands_at
-    from run.written import tell_plan
+    from run.written import tell_placement, tell_plan
     from trainer import run_stage
 
     quiet_libraries()
@@ -117,6 +117,7 @@ def distill(args: Arguments, ranks: "Ranks") -> int:
                 return 0
             models = ranks.together(lambda: build_models(args, begun.student_source, inputs, devices, ranks))
             advice = functools.partial(memory_advice, args, inputs.estimate, models)
+            tell_placement(ranks, models)
             session = Session(begun, signals, models)
             ranks.together(session.begin)
             signals.leave_at_once = False

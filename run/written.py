@@ -2,6 +2,8 @@
 
 import functools
 import logging
+import os
+import socket
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,13 @@ import torch
 
 from arguments import Arguments, is_given
 from checkpoints.origins import Origins
+from distill.teacher import HostTeacher
 from flags.config_file import config_text
+from hardware.ranks import Ranks
 from run.beginning import Beginning
 from run.forecast import Forecast
 from run.inputs import Inputs
+from run.pair import Models
 from utils import library_versions, mask_secrets, write_whole
 
 log = logging.getLogger(__name__)
@@ -34,6 +39,20 @@ def tell_plan(args: Arguments, begun: Beginning, inputs: Inputs, names: list[str
         log.info("plan: %s", line)
     if args.dry_run:
         log.info("nothing was written; without --dry_run the run begins")
+
+
+def tell_placement(ranks: Ranks, models: Models) -> None:
+    """Which process holds which model where, a line each; every rank asks."""
+    if models.teacher is None:
+        teacher = "no teacher"
+    elif isinstance(models.teacher_states, HostTeacher) and ranks.local_rank:
+        teacher = f"no teacher of its own: asks the first process' on {models.teacher_device}"
+    else:
+        serves = isinstance(models.teacher_states, HostTeacher)
+        teacher = f"teacher on {models.teacher_device}" + f" for {ranks.local_world_size} students" * serves
+    mine = f"process {os.getpid()} on {socket.gethostname()}: student on {models.device}, {teacher}"
+    for rank, line in enumerate(ranks.gather(mine)):
+        log.info("rank %d, %s", rank, line)
 
 
 def in_order(args: Arguments) -> dict[str, Any]:

@@ -74,6 +74,9 @@ def test_two_ranks_equal_one_with_twice_the_batch(extra, alone, tiny_teacher, so
     for name, weight in weights.items():
         assert (others[name] - weight).norm() <= 2e-5 * weight.norm(), name
     assert output.count("step 10, loss") == 1  # one rank speaks
+    placed = re.findall(r"rank (\d), process \d+ on \S+: student on cpu, (.*)", output)
+    shared = [("0", "teacher on cpu for 2 students"), ("1", "no teacher of its own: asks the first process' on cpu")]
+    assert placed == (shared if "teacher_device" in extra else [("0", "teacher on cpu"), ("1", "teacher on cpu")])
     last = [row for row in runs.metrics(tmp_path / "run") if "train/loss" in row][-1]
     assert last["train/tokens"] == 10 * 8 * 64
     assert {"data/wait_seconds_rank_0", "data/wait_seconds_rank_1"} <= last.keys()
