@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from checkpoints.model_card import is_repository
+from checkpoints.model_card import is_repository, licence
 from models import LlambaConfig
 from serving.folder import write_text
 from serving.proof import Proof
@@ -52,7 +52,7 @@ tags: [mamba2, distillation, {tag}]
 In this folder:
 
 {commands}
-The licences of the teacher and of the text that the student was trained on apply to this model.
+The licences of the teacher and of the text that the student was trained on apply to this model.{licence(teacher)}
 """
     write_text(folder / "README.md", card)
 

@@ -13,6 +13,7 @@ from conftest import tiny_llama_config
 from helpers.servable import checkpoint_of, differs_before_a_near_tie, greedy, servable_student
 from helpers.teachers import LLAMA3_ROPE, SIZES
 from serving import proof, standard
+from serving.card import write_card
 from serving.gguf_model import gguf_refusals, pairs_side_by_side
 from serving.standard import refusals, wider_heads
 
@@ -67,6 +68,14 @@ def test_what_is_written_beside_the_weights(tmp_path, tokenizer_dir, capsys):
     assert here("Some text.").input_ids == there("Some text.").input_ids
     assert here.chat_template == there.chat_template
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "own"]
+
+
+def test_a_card_says_what_the_licence_of_the_teacher_asks(tmp_path):
+    config = servable_student([1]).config
+    config.teacher_model = "meta-llama/Llama-3.2-1B-Instruct"
+    write_card(tmp_path, config, "granitehybrid", "q8_0", "a sentence", "commands")
+    card = (tmp_path / "README.md").read_text()
+    assert "base_model: meta-llama/Llama-3.2-1B-Instruct" in card and "Built with Llama" in card
 
 
 def test_bfloat16_loses_no_digit_of_a_bfloat16_student(tmp_path, tokenizer_dir, capsys):
