@@ -201,8 +201,7 @@ def test_a_teacher_on_another_device(kind):
     tokens, scale = torch.randint(0, 512, (2, 12)), torch.tensor(1.0)
     wanted = AlignmentMicroStep(kind, teacher, student, PROBE)(batch_of(tokens), scale)["loss"]
     step = AlignmentMicroStep(kind, teacher, student.to("cuda"), PROBE)
-    batch = batch_of(tokens)
-    batch.inputs, batch.valid = batch.inputs.cuda(), batch.valid.cuda()
+    batch = batch_of(tokens).to(torch.device("cuda"))
     assert step(batch, scale.cuda())["loss"].item() == pytest.approx(wanted.item(), rel=1e-9)
 
 

@@ -1,4 +1,5 @@
-"""What tests take, and the rule that one of more than ten seconds says so by `slow`.
+"""What tests take, and the rule that one of more than ten seconds says so by `slow` (but on a GPU,
+where most of it is compilation).
 
 A test's seconds are those of a clock on a quiet machine, and of the CPU on a busy one: of its own process, of those
 that it waited for, and of warm ones. Set-up counts apart, since it may be that of many tests.
@@ -39,7 +40,7 @@ class Durations:
         report = (yield).get_result()
         now = cpu_seconds()
         report.cpu, item.stash[CPU] = now - item.stash.get(CPU, now), now
-        judged = call.when == "call" and report.passed and "slow" not in item.keywords
+        judged = call.when == "call" and report.passed and not item.keywords.keys() & {"slow", "gpu"}
         if judged and too_long(call.duration, report.cpu, os.getloadavg()[0], os.cpu_count() or 1):
             report.outcome = "failed"
             report.longrepr = f"took {call.duration:.1f} s ({report.cpu:.1f} s of CPU): mark it slow"

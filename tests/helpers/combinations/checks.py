@@ -129,18 +129,20 @@ def schedule(row: Row, stage: str, total: int, warm_up: int | None = None) -> li
 
 def check_movement(result: Result, name: str) -> None:
     """In each stage every tensor that it trains moves as its rates say, and no other moves at all."""
-    output, row, before = result.output(name), result.plan.row, 0
+    row, before = result.plan.row, 0
     if name == "changed":
         row, before = row | result.plan.change, result.plan.change_step
-    lines = [line for line in steps_of(output) if line["step"] > before]
+    lines = [line for line in steps_of(result.output(name)) if line["step"] > before]
     still = [line["step"] for line in lines if not line["train/grad_norm"] > 0 and not skipped(line, row)]
     assert not still, f"no gradients at steps {still}"
     for stage in dict.fromkeys(line["stage"] for line in lines):
         steps = [line["step"] for line in lines if line["stage"] == stage]
-        start = max(steps[0] - 1, 1)  # the first stage's start is nowhere: its first step's end is
+        # the first stage's start is nowhere: its first step's end is
+        begin, end = (result.saved(name, step) for step in (max(steps[0] - 1, 1), steps[-1]))
+        start = int(begin.name.removeprefix("checkpoint-"))
         moving = [line for line in lines if start < line["step"] <= steps[-1] and not skipped(line, row)]
         way = WAY * sum(line["train/lr"] for line in moving)
-        compare_movement(output, stage, start, steps[-1], row, way)
+        compare_movement(begin, end, stage, row, way)
 
 
 def skipped(line: dict[str, Any], row: Row) -> bool:
@@ -148,9 +150,9 @@ def skipped(line: dict[str, Any], row: Row) -> bool:
     return row["dtype"] == "float16" and math.isnan(line["train/grad_norm"])
 
 
-def compare_movement(output: Path, stage: str, begin: int, end: int, row: Row, way: float) -> None:
-    first, last = (runs.weights(output / f"checkpoint-{step}") for step in (begin, end))
-    assert first.keys() == last.keys(), f"{begin} to {end}: {sorted(first.keys() ^ last.keys())}"
+def compare_movement(begin: Path, end: Path, stage: str, row: Row, way: float) -> None:
+    first, last = (runs.weights(checkpoint) for checkpoint in (begin, end))
+    assert first.keys() == last.keys(), f"{begin.name} to {end.name}: {sorted(first.keys() ^ last.keys())}"
     for name in first:
         start = first[name].to(last[name].dtype)  # where a forced resume changed it, a frozen tensor is rounded
         moved = (last[name].double() - start.double()).abs().max().item()

@@ -130,6 +130,11 @@ class Result:
     def output(self, name: str) -> Path:
         return self.folder / name
 
+    def saved(self, name: str, step: int) -> Path:
+        """The checkpoint of a step; of the next one where a GPU's log line, and what it sets off, comes later."""
+        steps = {int(folder.name.removeprefix("checkpoint-")) for folder in self.output(name).glob("checkpoint-*")}
+        return self.output(name) / f"checkpoint-{min(saved for saved in steps if saved >= step)}"
+
     def log(self, name: str) -> str:
         return "".join(path.read_text() for path in sorted(self.folder.glob(f"{name}.*log")))
 
@@ -169,10 +174,10 @@ class RowRuns:
 
     def copy_as_killed(self, step: int, name: str) -> None:
         """The whole run's folder as a kill leaves it when the checkpoint of `step` was just written."""
-        output, copy = self.result.output("whole"), self.result.output(name)
+        checkpoint, copy = self.result.saved("whole", step), self.result.output(name)
         copy.mkdir()
-        shutil.copy(output / "metrics.jsonl", copy)
-        shutil.copytree(output / f"checkpoint-{step}", copy / f"checkpoint-{step}")
+        shutil.copy(checkpoint.parent / "metrics.jsonl", copy)
+        shutil.copytree(checkpoint, copy / checkpoint.name)
 
 
 def run_row(row: Row, pair: Pair, folder: Path) -> Result:
