@@ -25,12 +25,13 @@ def pair(tmp_path_factory, tokenizer_dir, documents):
     return Pair(folder, tokenizer_dir, documents)
 
 
-@pytest.mark.slow  # 5 to 15 s of CPU a row
+@pytest.mark.slow  # 3 to 10 s of CPU a row
 @pytest.mark.parametrize("number", range(len(ROWS)))
 def test_row(number, pair, tmp_path):
     check(run_row(ROWS[number], pair, tmp_path), pair)
 
 
+@pytest.mark.slow
 @pytest.mark.combinations
 @pytest.mark.parametrize("number", range(len(SAMPLE)))
 def test_random_row(number, pair, tmp_path):

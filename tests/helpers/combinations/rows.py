@@ -108,6 +108,7 @@ def changes(plan: Plan, pair: Pair) -> dict[str, Any]:
         chosen["epochs"] = 1
         chosen["dataset_name"] = pair.one_pass((steps["stage1"] - 1) * each + 1, length)
         chosen["epoch_step_hint"] = steps["stage1"] if "hint" in row["length"] else 0
+        chosen["choice_recall_share"] = 0  # one pass has too few words to generate text from
     return chosen
 
 
