@@ -14,7 +14,8 @@ from flags.reading import HelpFormatter
 from run.metrics_file import read_metrics
 
 PANELS = (
-    ("train/loss", "loss (each stage its own)", "log"),
+    ("align/loss", "alignment error (matrix, hidden)", "log"),
+    ("train/loss", "distillation loss, nats a token", "log"),
     ("train/kl", "KL(teacher || student), nats a token", "log"),
     ("train/top1_agreement", "top-1 agreement", "linear"),
     ("train/grad_norm", "gradient norm", "log"),
@@ -29,6 +30,7 @@ PANELS = (
     ("layers/hidden_distance", "hidden states' distance by layer: mean, range", "linear"),
     ("layers/relative_error", "alignment error of a mixer: mean, range", "linear"),
 )
+ALIGNS = ("matrix", "hidden")  # their loss is a relative error, and has a panel of its own
 SMOOTHING_POINTS = 100  # a line with more points than this also gets a running mean
 Line = tuple[list[float], list[float]]
 
@@ -48,7 +50,7 @@ def series(
     tokens, lines = 0.0, [([], [])]  # type: float, list[Line]
     for row in rows:
         tokens = row.get("train/tokens") or tokens
-        if "stage_begins" in row and name.startswith(("train/", "layers/")) and lines[-1][0]:
+        if "stage_begins" in row and name.startswith(("align/", "train/", "layers/")) and lines[-1][0]:
             lines.append(([], []))
         if values := values_of(row, name):
             lines[-1][0].append(float(row["step"] if x == "step" else tokens))
@@ -58,6 +60,9 @@ def series(
 
 def values_of(row: dict[str, Any], name: str) -> list[float]:
     """A metric's finite values in a row: one, or one a layer."""
+    if name in ("align/loss", "train/loss"):
+        mine = (row.get("stage") in ALIGNS) == (name == "align/loss")
+        row = {name: row.get("train/loss") if mine else None}
     by_layer = f"{name}_" if name.startswith("layers/") else None
     found = [row[key] for key in row if key.startswith(by_layer)] if by_layer else [row.get(name)]
     return [value for value in found if isinstance(value, int | float) and math.isfinite(value)]
@@ -86,7 +91,8 @@ def plot_runs(files: Sequence[Path], output: Path, *, x: str = "step") -> Path:
     axes = figure.subplots(height, columns, squeeze=False, sharex=True)
     for axis, (name, title, scale) in zip(axes.flat, shown):
         for number, (rows, label) in enumerate(zip(runs.values(), labels)):
-            draw_lines(axis, series(rows, name, x), f"C{number}", label, smooth=name != "train/lr")
+            lines, marked = series(rows, name, x), name.startswith("eval/")
+            draw_lines(axis, lines, f"C{number}", label, smooth=name != "train/lr" and not marked, marked=marked)
             if name.startswith("layers/"):
                 for low, high in zip(series(rows, name, x, min), series(rows, name, x, max)):
                     axis.fill_between(low[0], low[1], high[1], color=f"C{number}", alpha=0.15, linewidth=0)
@@ -94,6 +100,7 @@ def plot_runs(files: Sequence[Path], output: Path, *, x: str = "step") -> Path:
         dress(axis, title, scale, x)
     for axis in axes.flat[len(shown) :]:
         axis.set_visible(False)
+    figure.suptitle(labels[0] if len(runs) == 1 else "runs side by side", fontsize="large")
     if len(runs) > 1:
         figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(output, dpi=110)
@@ -105,6 +112,7 @@ def dress(axis: Any, title: str, scale: str, x: str) -> None:
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter, StrMethodFormatter
 
     axis.set_title(title, fontsize="medium")
+    axis.margins(y=0.16)  # room for the stages' names above the curves
     axis.set_xlabel("tokens" if x == "tokens" else "optimizer step")
     axis.tick_params(labelbottom=True)
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -122,12 +130,12 @@ def dress(axis: Any, title: str, scale: str, x: str) -> None:
         axis.yaxis.set_major_formatter(formatter)
 
 
-def draw_lines(axis: Any, lines: list[Line], colour: str, label: str, *, smooth: bool) -> None:
-    """A metric of one run, with a running mean over it where a line has many points."""
+def draw_lines(axis: Any, lines: list[Line], colour: str, label: str, *, smooth: bool, marked: bool = False) -> None:
+    """A metric of one run, with a running mean over it where a line has many points; `marked`: each is to be seen."""
     for xs, ys in lines:
         many = smooth and len(ys) > SMOOTHING_POINTS
-        marker = "o" if len(ys) < 3 else None
-        axis.plot(xs, ys, color=colour, alpha=0.3 if many else 1.0, marker=marker, gid="metric")
+        marker = "o" if len(ys) < 3 or marked else None
+        axis.plot(xs, ys, color=colour, alpha=0.3 if many else 1.0, marker=marker, markersize=4, gid="metric")
         if many:
             axis.plot(xs, running_mean(ys, len(ys) // 40), color=colour)
     if lines:
@@ -146,8 +154,9 @@ def draw_stages(axis: Any, rows: Sequence[dict[str, Any]], x: str, colour: str, 
             axis.axvline(place, color=colour, linestyle=":", linewidth=1)
         if named:
             text = axis.annotate(
-                f" {row['stage_begins']}", (place, 1.0), xycoords=("data", "axes fraction"), va="top",
-                fontsize="x-small", color="gray", annotation_clip=True,
+                row["stage_begins"], (place, 1.0), xycoords=("data", "axes fraction"), va="top",
+                xytext=(5, -4), textcoords="offset points", fontsize="x-small", color="dimgray",
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}, annotation_clip=True,
             )  # fmt: skip
             text.set_in_layout(False)  # with a single point, a stage's start lies far outside the axes
         begun += 1

@@ -92,13 +92,13 @@ def test_panels_legend_and_stage_marks(tmp_path, monkeypatch, x):
     (figure,) = figures
     panels = {axis.get_title(): axis for axis in figure.axes if axis.get_visible()}
     assert list(panels) == [
-        "loss (each stage its own)", "KL(teacher || student), nats a token", "held-out KL, nats a token",
+        "distillation loss, nats a token", "KL(teacher || student), nats a token", "held-out KL, nats a token",
         "held-out top-1 agreement",
     ]  # fmt: skip
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
     kl = panels["KL(teacher || student), nats a token"]
     assert kl.get_yscale() == "log"  # a range of e^(29/8)
-    assert panels["loss (each stage its own)"].get_yscale() == "linear"  # a range below 4
+    assert panels["distillation loss, nats a token"].get_yscale() == "linear"  # a range below 4
     dotted = [line.get_xdata()[0] for line in kl.lines if line.get_linestyle() == ":"]
     assert dotted == [20 if x == "step" else 1280] * 2
     kept = [line for line in kl.lines if line.get_gid() == "metric"]
@@ -139,3 +139,17 @@ def test_the_script(tmp_path, run_script):
         done = run_script("plot_metrics.py", *wrong, cwd=tmp_path)
         assert done.returncode == 2, done.stderr
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_an_alignment_error_is_no_distillation_loss(tmp_path, monkeypatch):
+    figures, rows = drawn(monkeypatch), [{"step": 0, "stage_begins": "hidden", "stage": "hidden"}]
+    for step, stage in ((1, "hidden"), (2, "hidden"), (3, "stage1"), (4, "stage1")):
+        rows.append({"step": step, "stage": stage, "train/loss": 0.5 * step})
+    rows.append({"step": 4, "eval/kl": 0.25})
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    plot_runs([tmp_path], tmp_path / "out.png")
+    shown = {axis.get_title(): axis for axis in figures[0].axes if axis.get_visible()}
+    align, distil = shown["alignment error (matrix, hidden)"], shown["distillation loss, nats a token"]
+    assert [list(axis.lines[0].get_ydata()) for axis in (align, distil)] == [[0.5, 1.0], [1.5, 2.0]]
+    assert shown["held-out KL, nats a token"].lines[0].get_marker() == "o"
+    assert figures[0].get_suptitle() == tmp_path.name
