@@ -75,7 +75,8 @@ class Hybrid:
         self.teacher_dtype = model.embed_tokens.weight.dtype
         self.labels = tokens[:, 1:].to(self.device)
         parts = [valid] if answers is None else [valid & ~answers, valid & answers]
-        self.parts = [part.to(self.device) for part in parts if part.any()]
+        places = [part.flatten().nonzero().squeeze(1).to(self.device) for part in parts]
+        self.parts = [each for each in places if len(each)]  # of the flattened tokens, by how they count
         self.resets = None if positions is None else (positions == 0).to(self.device)
         positions = None if positions is None else positions.to(self.teacher_device)
         embedded = model.embed_tokens(tokens[:, :-1].to(self.teacher_device))
@@ -110,11 +111,10 @@ class Hybrid:
         head = self.student.lm_head.weight.to(self.target.dtype)
         found = []
         for part in self.parts:
-            rows = (each[part][None] for each in (ours, self.target, self.labels, part))
-            own, target, labels, valid = rows
-            terms = chunked_kd_loss(own, head, target, self.head, labels, valid)
-            found.append((terms.kl_sum / terms.tokens).item())
-        return sum(found) / len(found)
+            own, target, labels = (each.flatten(0, 1)[part][None] for each in (ours, self.target, self.labels))
+            terms = chunked_kd_loss(own, head, target, self.head, labels, torch.ones_like(labels, dtype=torch.bool))
+            found.append(terms.kl_sum / terms.tokens)
+        return torch.stack(found).mean().item()
 
     def kl_with_mixer(self, index: int) -> float:
         """KL if layer `index` had its mixer and every other were as it is."""
