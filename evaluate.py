@@ -162,13 +162,13 @@ def own_figures(args: argparse.Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {}
     if args.dataset_name:
         report["held_out"] = held_out_figures(student, teacher, itertools.chain(first, batches), args.tokens, where)
+    if args.speed_tokens:  # before recall generates: a first call is timed too
+        report["generation"] = speed_figures(models, args.speed_batches, args.speed_contexts, args.speed_tokens)
     if args.recall_pairs or args.recall_lengths:
         lengths = [length for length in args.recall_lengths if length <= teacher_config.max_position_embeddings]
         cells = recall_cells(tokenizer, args.recall_pairs, lengths, args.recall_rows)
         answers = [recall_answers(model, tokenizer, cells, where, args.recall_generated) for model in models.values()]
         report["recall"], report["recall_share"] = recall_summary(cells, *answers)
-    if args.speed_tokens:
-        report["generation"] = speed_figures(models, args.speed_batches, args.speed_contexts, args.speed_tokens)
     return report
 
 
