@@ -79,7 +79,11 @@ def main() -> None:
     found = {name: importlib.util.find_spec(name) is not None for name in ("mamba_ssm", "causal_conv1d", "kernels")}
     where = torch.cuda.get_device_name() if "cuda" in args.device else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}; torch {torch.__version__}, transformers {transformers.__version__}; installed: {found}")
-    student = get_student_model(args.model, None, dtype=torch.float32) if args.model else random_student(args.preset)
+    if args.model:
+        student = get_student_model(args.model, None, dtype=torch.float32)
+    else:
+        with torch.device(args.device):  # a billion random numbers take a CPU long
+            student = random_student(args.preset)
     student.to(args.device, dtype).eval()  # type: ignore[call-overload]
     print(f"{'':22} {'context':>7} {'tokens/s read':>13} {'tokens/s generated':>18}")
     with default_dtype(torch.float32):
