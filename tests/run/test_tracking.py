@@ -88,7 +88,7 @@ def test_layers_samples_stages_and_resume_in_an_offline_run(tmp_path, tiny_teach
         evaluated = [(row["train/optimizer_step"], row["train/tokens"]) for row in history if "eval/kl" in row]
         assert evaluated == [(0, 0), (1, 128), (5, 640)]
         texts = next(row["samples/texts/path"] for row in history if "samples/texts/path" in row)
-        shown = (sent.folder / texts).read_text()
+        shown = (sent.folder / texts).read_bytes().decode()  # as it is: random models write control characters
         written = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
         assert len(written) == 4 and all(
             html.escape(text) in shown for row in written for text in list(row.values())[1:]
