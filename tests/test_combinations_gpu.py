@@ -72,6 +72,8 @@ def test_row(number, pair, tmp_path):
         row_runs.resumed()
     check(row_runs.result, pair, exactly=False)
     log = row_runs.result.log("whole")
-    captured = not (row["update_in_backward"] or row["document_reset"])
+    # transformers makes the mask of eager attention from a number on the host, which a graph cannot record
+    eager = row["attn_implementation"] == "eager"
+    captured = not (row["update_in_backward"] or row["document_reset"] or eager)
     assert "does not compile here" not in log
     assert ("runs as one CUDA graph" in log) == captured, log[-2000:]
