@@ -114,8 +114,8 @@ class Background(Iterator):
         self.room = threading.Semaphore(depth)
         self.ready: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
         thread = threading.Thread(target=self._run, name="data", daemon=True)
-        pipeline.threads.append(thread)
         thread.start()
+        pipeline.threads.append(thread)
 
     def _run(self) -> None:
         try:

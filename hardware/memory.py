@@ -395,5 +395,5 @@ def oom_advice(estimate: MemoryEstimate, settings: StepSettings) -> str:
 
 def is_out_of_memory(error: Exception) -> bool:
     """True for what torch, CUDA, cuBLAS and the CPU's allocator raise when memory ends."""
-    texts = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
+    texts = "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory", "start new thread"
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)

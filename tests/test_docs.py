@@ -75,7 +75,8 @@ def hub(tmp_path_factory, tokenizer_dir, documents):
             for file in tokenizer_dir.iterdir():
                 (folder / name / file.name).write_bytes(file.read_bytes())
             server.add("models", name, folder / name)
-        for name, write in {"HuggingFaceFW/fineweb-edu": write_text, "teknium/OpenHermes-2.5": write_turns}.items():
+        sources = {"HuggingFaceFW/fineweb-edu": write_text, "teknium/OpenHermes-2.5": write_turns}
+        for name, write in {**sources, "HuggingFaceTB/cosmopedia": write_stories}.items():
             write(folder / name, documents)
             server.add("datasets", name, folder / name)
         yield server
@@ -106,6 +107,13 @@ def write_text(folder: Path, documents):
     pq.write_table(table, folder / "data" / "CC-MAIN-2014-49" / "train-00000-of-00001.parquet")
 
 
+def write_stories(folder: Path, documents):
+    """A data set with a subset of the name that the page mixes in."""
+    (folder / "data" / "stories").mkdir(parents=True)
+    table = pa.table({"text": [text[:2000] for text in documents[20:40]]})
+    pq.write_table(table, folder / "data" / "stories" / "train-00000-of-00001.parquet")
+
+
 def write_turns(folder: Path, documents):
     """OpenHermes-2.5: one JSON file, a list of conversations."""
     folder.mkdir(parents=True)
@@ -119,6 +127,7 @@ def furnish(folder: Path, documents):
     sources = runs.write_sources(folder, documents)
     sources["conversations"].rename(folder / "talk.jsonl.gz")
     (folder / "text").mkdir()
+    runs.write_rows(folder / "code.jsonl.gz", [{"text": text} for text in documents[40:60]])
     runs.write_rows(folder / "text" / "own.jsonl.gz", [{"body": text} for text in documents[:20]])
 
 

@@ -234,6 +234,7 @@ def test_a_lock_file_whose_mount_is_gone_is_nobody_elses(tmp_path):
             lock.check()
 
 
+@pytest.mark.slow
 def test_of_many_that_watch_one_takes_the_lock(tmp_path):
     (tmp_path / "run.lock").write_text('{"pid": 12, "host": "elsewhere", "started": "1"}')
     code = f"""

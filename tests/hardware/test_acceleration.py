@@ -510,7 +510,8 @@ def test_benchmark_reports_what_fails_and_goes_on(run_script):
 
 def test_operations_of_a_step_are_those_of_the_reference():
     """54.2 GFLOP a token: 9,357 tokens/s were 64% of 793 TFLOP/s, by the reference's own count."""
-    from benchmarks.presets import preset, step_flops
+    from benchmarks.presets import preset
+    from hardware.operations import distillation_operations
 
     sizes = preset("8b")
     from transformers import LlamaForCausalLM
@@ -518,7 +519,7 @@ def test_operations_of_a_step_are_those_of_the_reference():
     with torch.device("meta"):
         teacher = LlamaForCausalLM(sizes.teacher)
     student = meta_student(sizes.teacher, sizes.student, step_settings(parse_arguments(["--freeze_mlp"])))
-    assert step_flops(teacher, student, 4096) == pytest.approx(54.2e9, rel=0.02)
+    assert distillation_operations(teacher, student, 4096) == pytest.approx(54.2e9, rel=0.02)
     assert LlambaConfig().d_model == 4096
 
 

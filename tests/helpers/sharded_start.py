@@ -36,7 +36,7 @@ def main(teacher, student, parallel):
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
         before = resident("VmRSS")
         models = build_models(
-            args, student, Inputs(Text(), None, "throughout", parallel, ("stage1",)), (cpu, cpu), ranks
+            args, student, Inputs(Text(), None, None, None, "throughout", parallel), (cpu, cpu), ranks
         )
         figures = {"peak": resident("VmHWM") - before, "after": resident("VmRSS") - before}
         sizes = [sum(p.numel() * 2 for p in model.parameters()) for model in (models.teacher, models.student)]

@@ -20,6 +20,12 @@ from run.tracking import Tracker
 from run.wandb_run import folded, wandb_settings
 from utils import format_duration, format_line
 
+
+@pytest.fixture(autouse=True)
+def runs_of_wandb_stand_in_their_folders(monkeypatch):
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+
+
 wandb = pytest.importorskip("wandb")
 
 
