@@ -13,11 +13,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flags.reading import HelpFormatter, Parser, device_name, real, whole
 from hub.hub_files import DataStreamLost
 from utils import UserError, complain, wait_passively
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -42,7 +46,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def load(args: argparse.Namespace) -> tuple[Any, Any]:
+def load(args: argparse.Namespace) -> tuple[Any, "PreTrainedTokenizerBase"]:
     """(model, tokenizer). Raises `UserError` naming what cannot be loaded."""
     import torch
     from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
@@ -73,7 +77,10 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
 class Answer:
     """One answer: its text in pieces as they come, and afterwards its figures."""
 
-    def __init__(self, model: Any, tokenizer: Any, inputs: Any, options: dict[str, Any]):
+    def __init__(
+        self, model: Any, tokenizer: "PreTrainedTokenizerBase", inputs: "BatchEncoding", options: dict[str, Any]
+    ):
+        import torch
         from transformers import StoppingCriteria, TextIteratorStreamer
 
         self.stopped = False
@@ -81,9 +88,9 @@ class Answer:
         answer = self
 
         class Counted(StoppingCriteria):
-            def __call__(self, input_ids: Any, scores: Any, **unused: Any) -> Any:
+            def __call__(self, input_ids: "Tensor", scores: "Tensor", **unused: object) -> "Tensor":
                 answer.times.append(time.perf_counter())
-                return input_ids.new_full((input_ids.shape[0],), answer.stopped, dtype=bool)
+                return input_ids.new_full((input_ids.shape[0],), answer.stopped, dtype=torch.bool)
 
         self.streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.failure: BaseException | None = None
@@ -120,7 +127,7 @@ class Answer:
 class Chat:
     """A conversation with a model."""
 
-    def __init__(self, model: Any, tokenizer: Any, args: argparse.Namespace):
+    def __init__(self, model: Any, tokenizer: "PreTrainedTokenizerBase", args: argparse.Namespace):
         self.model, self.tokenizer, self.args = model, tokenizer, args
         self.options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
         if args.temperature > 0:
@@ -132,13 +139,14 @@ class Chat:
     def forget(self) -> None:
         self.messages = [{"role": "system", "content": self.args.system}] if self.args.system else []
 
-    def inputs(self, message: str) -> Any:
+    def inputs(self, message: str) -> "BatchEncoding":
         """What the model reads: the conversation in the template's form, or the text itself where there is none."""
         if not self.tokenizer.chat_template:
             return self.tokenizer(message, return_tensors="pt").to(self.model.device)
         self.messages.append({"role": "user", "content": message})
         options: dict[str, Any] = dict(add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        return self.tokenizer.apply_chat_template(self.messages, **options).to(self.model.device)
+        read: Any = self.tokenizer.apply_chat_template(self.messages, **options)
+        return read.to(self.model.device)
 
     def say(self, message: str) -> None:
         """Print the answer to a message as it comes, and its figures on standard error."""

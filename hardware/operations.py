@@ -2,8 +2,13 @@
 
 from typing import Any
 
+from torch import nn
 
-def distillation_operations(teacher: Any, student: Any, length: int) -> float:
+from models import LlambaForCausalLM
+from models.modeling_llamba import LlambaBlock
+
+
+def distillation_operations(teacher: Any, student: LlambaForCausalLM, length: int) -> float:
     """Operations a token of a distillation step on sequences of `length` tokens.
 
     2 a teacher weight, 4 a student weight and 2 more a trainable one, embeddings left out; causal attention added:
@@ -17,9 +22,9 @@ def distillation_operations(teacher: Any, student: Any, length: int) -> float:
     return operations + 4.0 * everything + 2.0 * trainable + _attention(teacher.config, length) * layers
 
 
-def alignment_operations(teacher: Any, student: Any, length: int) -> float:
+def alignment_operations(teacher: Any, student: LlambaForCausalLM, length: int) -> float:
     """Operations a token of an alignment step: the teacher's layers forward, the mixers forward and backward."""
-    mixers = [layer.mixer for layer in student.backbone.layers if hasattr(layer, "mixer")]
+    mixers = [layer.mixer for layer in student.backbone.layers if isinstance(layer, LlambaBlock)]
     config = teacher.config
     teachers = 2.0 * _weights(teacher.model.layers) + _attention(config, length) * config.num_hidden_layers
     return teachers + 6.0 * sum(_weights(mixer) for mixer in mixers)
@@ -29,7 +34,7 @@ def _attention(config: Any, length: int) -> float:
     return 2.0 * length * config.num_attention_heads * config.head_dim
 
 
-def _weights(layers: Any) -> int:
+def _weights(layers: nn.Module) -> int:
     """Entries of the layers' matrices, fp8 ones included."""
     tensors = [*layers.parameters(), *(b for name, b in layers.named_buffers() if name.endswith("weight"))]
     return sum(t.numel() for t in tensors if t.ndim > 1)

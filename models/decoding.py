@@ -4,12 +4,15 @@ Shapes: b batch, d d_model, S the cache's capacity in tokens, h key/value heads,
 head width; of a mixer as in mixer.py. What is kept from token to token is changed where it stands.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from .layers import vector_product
+
+Rotate = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # `apply_rotary_pos_emb`
 
 
 def mixer_step(layer: Any, hidden: Tensor, keys: Tensor, values: Tensor, now: Tensor) -> Tensor:
@@ -22,7 +25,7 @@ def mixer_step(layer: Any, hidden: Tensor, keys: Tensor, values: Tensor, now: Te
 
 
 def attention_step(
-    layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], rotate: Any, keys: Tensor, values: Tensor,
+    layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], rotate: Rotate, keys: Tensor, values: Tensor,
     place: Tensor, visible: Tensor,
 ) -> Tensor:  # fmt: skip
     """A decoder layer of transformers: hidden [b, 1, d] -> [b, 1, d]; keys and values [b, h, S, w] take a token more.
@@ -40,7 +43,7 @@ def attention_step(
 
 
 def query_key_value(
-    attention: Any, u: Tensor, rotary: tuple[Tensor, Tensor], rotate: Any
+    attention: Any, u: Tensor, rotary: tuple[Tensor, Tensor], rotate: Rotate
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query [b, h*r, 1, w], key and value [b, h, 1, w] of inputs u [b, 1, d], as Llama, Mistral, Qwen do."""
     shape = (*u.shape[:-1], -1, attention.head_dim)

@@ -4,12 +4,15 @@ On a CPU the same step runs as it is. Shapes as in decoding.py.
 """
 
 import weakref
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.generation import GenerationMode
 from transformers.utils import logging
 
 from .decoding import attention_step, mixer_step
@@ -26,6 +29,7 @@ ROPES = ("default", "linear", "llama3", "yarn")  # whose frequencies are the sam
 AHEAD = 4096  # tokens that a cache has room for ahead of what is needed, if so many may come
 SPARE = 4  # workspaces that are kept for calls to come
 PART = 16384  # tokens of a prompt, all rows together, that are read in one forward pass
+Step = Callable[..., Tensor]  # `mixer_step` and `attention_step`, or what they are compiled to
 
 
 class FastCache(Cache):
@@ -34,17 +38,18 @@ class FastCache(Cache):
     model: whose cache it is; tokens: the most that may come. It grows beyond that where it must.
     """
 
-    def __init__(self, model: Any, tokens: int):
+    def __init__(self, model: PreTrainedModel, tokens: int):
         super().__init__(layers=[])
         self.model, self.tokens = weakref.ref(model), tokens
         self.space: Workspace | None = None
+        self.plain = False  # whether single tokens, too, go through the layers' own forward passes
 
     is_compileable = False  # its step is compiled here and not by transformers
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0 if self.space is None else self.space.length.tokens
 
-    def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
         length = query_length if isinstance(query_length, int) else query_length.shape[0]
         return self.get_seq_length() + length, 0
 
@@ -53,8 +58,10 @@ class FastCache(Cache):
             self.space.clear()
 
     def reserve(self, batch: int, tokens: int) -> Workspace:
-        """Room for `tokens` more in each of `batch` rows."""
+        """Room for `tokens` more in each of `batch` rows; raises ValueError where it holds another number of rows."""
         old, needed = self.space, self.get_seq_length() + tokens
+        if old is not None and old.batch != batch:
+            raise ValueError(f"past_key_values: {batch} rows for a cache of {old.batch}")
         if old is None or (old.capacity and old.capacity < needed):
             most = max(needed, min(self.tokens, needed + max(AHEAD, needed // 2)))
             self._move(batch, most)
@@ -71,7 +78,12 @@ class FastCache(Cache):
             self.space.take(old, rows)
             decoder_of(model).leave(old, self)
 
-    def advance(self, tokens: int, attention_mask: Any) -> None:
+    def go_on(self, model: PreTrainedModel, options: GenerationConfig, mode: GenerationMode | str) -> None:
+        """Before another call of `generate`: weights may have moved since, and layers been hooked or wrapped."""
+        self.plain = not wants_fast_path(model, options, mode)
+        decoder_of(model).check_weights(model)
+
+    def advance(self, tokens: int, attention_mask: Tensor | None) -> None:
         """After a forward pass over `tokens` tokens a row; attention_mask [b, seen + tokens] is 0 at padding."""
         space = self.space
         assert space is not None
@@ -81,7 +93,7 @@ class FastCache(Cache):
         space.length.tokens = end
         space.place.fill_(end)
 
-    def next_logits(self, model: Any, inputs: dict[str, Any]) -> Tensor | None:
+    def next_logits(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor | None:
         """Logits [b, 1, vocabulary] of a forward pass over one more token a row; None where it is something else.
 
         Raises ValueError for another model than the one whose cache it is.
@@ -89,7 +101,7 @@ class FastCache(Cache):
         if self.model() is not model:
             raise ValueError("past_key_values: a fast cache belongs to the model whose generate() made it")
         tokens, mask = inputs["input_ids"], inputs["attention_mask"]
-        if not self.get_seq_length() or tokens is None or tokens.shape[1] != 1:
+        if self.plain or not self.get_seq_length() or tokens is None or tokens.shape[1] != 1:
             return None
         if mask is not None and (not torch.is_tensor(mask) or mask.ndim != 2):
             return None
@@ -122,9 +134,11 @@ class FastCache(Cache):
         if self.space is not None:
             self.batch_select_indices(torch.arange(self.space.batch).repeat_interleave(repeats))
 
-    def __deepcopy__(self, memo: Any) -> "FastCache":
+    def __deepcopy__(self, memo: dict[int, object]) -> "FastCache":
         """Another cache that goes on from here, in a workspace of its own."""
-        copied = FastCache(self.model(), self.tokens)
+        model = self.model()
+        assert model is not None, "the model is gone, and its cache with it"
+        copied = FastCache(model, self.tokens)
         if self.space is not None:
             copied.space = self.space
             copied._move(self.space.batch, self.space.capacity)
@@ -135,9 +149,9 @@ class Decoder:
     """A model's workspaces, and its layers compiled: one of each kind for all of that kind."""
 
     def __init__(self) -> None:
-        self.spaces: list[tuple[Workspace, Any]] = []  # with a weak reference to the cache that uses it
-        self.weights: tuple[int, ...] = ()
-        self.steps: list[tuple[Any, Any]] | None = None  # what to record, the best first
+        self.spaces: list[tuple[Workspace, weakref.ref[FastCache]]] = []  # with the cache that uses it
+        self.weights: list[tuple[int, torch.dtype]] = []
+        self.steps: list[tuple[Step, Step]] | None = None  # what to record, the best first
 
     def workspace(self, cache: FastCache, model: Any, batch: int, tokens: int) -> Workspace:
         """One that no living cache uses, cleared; on CUDA with its graph."""
@@ -145,7 +159,7 @@ class Decoder:
         with torch.inference_mode(False), torch.no_grad():
             if model.device.type != "cuda":
                 return Workspace(model, batch, capacity)
-            self._check_weights(model)
+            self.check_weights(model)
             space = self._spare(batch, capacity)
             if space is None:
                 try:
@@ -158,32 +172,42 @@ class Decoder:
         self.spaces.append((space, weakref.ref(cache, lambda _: self.forget(SPARE, room))))
         return space
 
-    def _check_weights(self, model: Any) -> None:
-        """A graph knows addresses: where a weight stands elsewhere now, none holds."""
-        weights = tuple(p.data_ptr() for p in model.parameters())
+    def check_weights(self, model: nn.Module) -> None:
+        """A graph knows addresses: where a weight or buffer stands elsewhere or is of another dtype, none holds."""
+        weights = [(tensor.data_ptr(), tensor.dtype) for tensor in tensors_of(model)]
         if weights != self.weights:
             for space, _ in self.spaces:
                 space.graph = None
             self.spaces, self.weights = [], weights
 
     def _spare(self, batch: int, capacity: int) -> Workspace | None:
-        for index, (space, owner) in enumerate(self.spaces):
-            if owner() is None and (space.batch, space.capacity) == (batch, capacity):
-                del self.spaces[index]
+        for pair in list(self.spaces):
+            space, owner = pair
+            if owner() is None and (space.batch, space.capacity) == (batch, capacity) and self._drop(pair):
                 space.clear()
                 return space
         return None
 
+    def _drop(self, pair: tuple[Workspace, weakref.ref[FastCache]]) -> bool:
+        """Whether it was there still: another thread may have been quicker, or a cache whose time ended meanwhile."""
+        try:
+            self.spaces.remove(pair)
+        except ValueError:
+            return False
+        return True
+
     def leave(self, space: Workspace, cache: FastCache) -> None:
         """A cache has moved out of a workspace that it used."""
-        self.spaces = [pair for pair in self.spaces if pair[0] is not space or pair[1]() is not cache]
+        for pair in list(self.spaces):
+            if pair[0] is space and pair[1]() is cache:
+                self._drop(pair)
 
     def forget(self, most: int = 0, room: int = 0) -> None:
         """Give up workspaces that no cache uses, but for the last `most`, of `room` bytes together."""
         for pair in [pair for pair in reversed(self.spaces) if pair[1]() is None]:
             most, room = most - 1, room - pair[0].nbytes()
             if most < 0 or room < 0:
-                self.spaces.remove(pair)
+                self._drop(pair)
 
     def _record(self, model: Any, batch: int, capacity: int) -> Workspace:
         """A new workspace with a graph of compiled layers; of plain ones, or none, where that fails."""
@@ -205,14 +229,14 @@ class Decoder:
         return Workspace(model, batch, capacity)
 
 
-DECODERS: Any = weakref.WeakKeyDictionary()
+DECODERS: weakref.WeakKeyDictionary[nn.Module, Decoder] = weakref.WeakKeyDictionary()
 
 
 def decoder_of(model: nn.Module) -> Decoder:
     return DECODERS.setdefault(model, Decoder())
 
 
-def own_code(function: Any) -> Any:
+def own_code(function: Any) -> FunctionType:
     """A copy of a function with a code object of its own.
 
     torch counts what it compiles for each code object and gives up after eight: models must not use up each other's.
@@ -244,11 +268,10 @@ def read_in_parts(backbone: Any, inputs: dict[str, Any], kept: int) -> Any:
     return output
 
 
-def wants_fast_path(model: Any, options: Any, mode: Any) -> bool:
+def wants_fast_path(model: PreTrainedModel, options: GenerationConfig, mode: GenerationMode | str) -> bool:
     """Whether `generate` with these options takes the fast path; where it cannot, it says so once.
 
-    options: a GenerationConfig; mode: transformers' GenerationMode. A cache or a compilation of one's own choice, or
-    none, is not asked about.
+    mode: transformers' way of decoding. A cache or a compilation of one's own choice, or none, is not asked about.
     """
     chosen = options.cache_implementation is not None or options.compile_config is not None
     if chosen or options.use_cache is False or options.disable_compile:
@@ -259,12 +282,11 @@ def wants_fast_path(model: Any, options: Any, mode: Any) -> bool:
     return not reason
 
 
-def why_plain(model: Any, options: Any, mode: str) -> str:
+def why_plain(model: Any, options: GenerationConfig, mode: str) -> str:
     """Why a call of `generate` with these options cannot take the fast path; empty where it can.
 
-    options: a GenerationConfig; mode: transformers' name of the way of decoding.
+    mode: transformers' name of the way of decoding. The device waits meanwhile: modules are gone through once.
     """
-    modules = list(model.modules())
     attention = [model.backbone.layers[index].self_attn for index in model.config.attention_layers]
     rope = getattr(model.backbone.rotary_emb, "rope_type", "default")
     if mode not in ("greedy_search", "sample") or getattr(options, "is_assistant", False):
@@ -275,10 +297,14 @@ def why_plain(model: Any, options: Any, mode: str) -> str:
         return f"{type(attention[0]).__name__} is not one that it knows"
     if attention and rope not in ROPES:
         return f"rotary frequencies of type {rope!r} change with the length"
+    modules = list(model.modules())
     if getattr(model, "hf_quantizer", None) is not None or any(not is_plain(module) for module in modules):
         return "some modules are wrapped, hooked, sharded or quantized"
-    if len({p.device for p in model.parameters()}) > 1 or model.device.type not in ("cpu", "cuda"):
+    devices = {p.device for module in modules for p in module._parameters.values() if p is not None}
+    if len(devices) > 1 or model.device.type not in ("cpu", "cuda"):
         return "the weights lie on several devices, or on one that is no GPU of CUDA"
+    if torch.is_autocast_enabled(model.device.type):
+        return "autocast is on, whose casts a graph would keep"
     return ""
 
 
@@ -288,4 +314,10 @@ def is_plain(module: nn.Module) -> bool:
     known = type(module).__module__.split(".")[0] in ("transformers", "transformers_modules", own)
     known = known or type(module).__module__.startswith("torch.nn.")
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return known and not hooked and all(type(p.data) is Tensor for p in module.parameters(recurse=False))
+    return known and not hooked and all(type(p.data) is Tensor for p in module._parameters.values() if p is not None)
+
+
+def tensors_of(model: nn.Module) -> list[Tensor]:
+    """Parameters and buffers; shared ones several times, which takes half the time of `parameters()`."""
+    kept = (entries for module in model.modules() for entries in (module._parameters, module._buffers))
+    return [tensor for entries in kept for tensor in entries.values() if tensor is not None]

@@ -339,7 +339,9 @@ class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
         result = generation._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, *sizes, **more
         )
-        if not isinstance(given, FastCache):
+        if isinstance(given, FastCache):
+            given.go_on(self, generation_config, generation_mode)
+        else:
             layers_with_states(model_kwargs.get("past_key_values"), self.config)
         return result
 

@@ -3,6 +3,8 @@
 Shapes: b batch, S capacity in tokens; others as in decoding.py.
 """
 
+import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,12 +17,19 @@ from .layers import CONV_WIDTH
 from .state_space import decay_dtype
 
 BLOCK = 256  # tokens: capacities are multiples of it
+ONE_AT_A_TIME = threading.Lock()  # torch captures one graph at a time in a process
 
 
 def capacity_for(tokens: int) -> int:
     """Tokens rounded up, by an eighth at most from 4096 on, so that calls of nearly one length share a graph."""
     block = max(BLOCK, 1 << max(tokens.bit_length() - 4, 0))
     return -(-tokens // block) * block
+
+
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream that graphs of a device are captured on: torch's own is of one device for good."""
+    return torch.cuda.Stream(device)
 
 
 class Workspace:
@@ -96,7 +105,9 @@ class Workspace:
                 self.step(model, mixers, attention)
         torch.cuda.current_stream(model.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a streamer's reader may use the device
+        # Others may use the device meanwhile: a streamer's reader, say.
+        options: Any = {"stream": capture_stream(model.device), "capture_error_mode": "thread_local"}
+        with ONE_AT_A_TIME, torch.cuda.graph(graph, **options):
             self.logits = self.step(model, mixers, attention)
         self.graph = graph
         self.clear()

@@ -1,13 +1,16 @@
 """`generate` on its fast path gives the tokens of the plain one, whatever came before it on the same model."""
 
 import copy
+import weakref
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import DynamicCache
 
 from helpers.teachers import TEACHERS, make_student, make_teacher
-from models import fast_path
+from models import fast_path, workspace
 from models.fast_path import FastCache
 from models.workspace import Workspace, capacity_for
 
@@ -207,6 +210,86 @@ def test_why_a_call_takes_the_plain_path(hybrid):
     adapted = type("Adapted", (torch.nn.Linear,), {"__module__": "peft.tuners.lora.layer"})(64, 64)
     student.backbone.layers[1].self_attn.q_proj = adapted
     assert "wrapped" in reason()
+
+
+def test_what_is_hooked_between_two_calls_is_seen_by_the_second(hybrid):
+    """A kept cache goes on through the layers' own forward passes, and back on the fast path without the hook."""
+    student, calls = copy.deepcopy(hybrid), []
+    written = generate(student, torch.randint(3, 512, (1, 9)), max_new_tokens=4)
+    handle = student.backbone.layers[2].mixer.register_forward_hook(lambda *_: calls.append(1))
+    options = dict(past_key_values=written.past_key_values, max_new_tokens=4)
+    hooked = generate(student, written.sequences, **options)
+    assert len(calls) == 4
+    handle.remove()
+    wanted = generate(student, written.sequences, use_cache=False, max_new_tokens=4)
+    assert torch.equal(hooked.sequences, wanted.sequences)
+    assert_equal(
+        generate(student, hooked.sequences, **options),
+        generate(student, hooked.sequences, use_cache=False, max_new_tokens=4),
+    )
+    assert len(calls) == 4 and not written.past_key_values.plain
+
+
+def test_autocast_takes_the_plain_path(hybrid):
+    prompt = torch.randint(3, 512, (1, 9))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = generate(hybrid, prompt, max_new_tokens=4)
+    assert not isinstance(found.past_key_values, FastCache) and found.sequences.shape == (1, 13)
+
+
+def test_a_cache_refuses_another_number_of_rows(hybrid):
+    cache = generate(hybrid, torch.randint(3, 512, (3, 9)), max_new_tokens=2).past_key_values
+    for tokens in (1, 5):
+        with pytest.raises(ValueError, match="1 rows for a cache of 3"), torch.no_grad():
+            hybrid(torch.ones(1, tokens, dtype=torch.long), past_key_values=cache, use_cache=True)
+
+
+def test_a_graph_holds_while_weights_and_buffers_stand_where_they_were(hybrid):
+    student = copy.deepcopy(hybrid).to(torch.bfloat16)
+    decoder, space, cache = fast_path.Decoder(), Workspace(student, 1, 256), FastCache(student, 9)
+    weight, rotary = student.lm_head.weight, student.backbone.rotary_emb
+
+    def holds():
+        space.graph, decoder.spaces = object(), [(space, weakref.ref(cache))]
+        decoder.check_weights(student)
+        return space.graph is not None and len(decoder.spaces) == 1
+
+    assert not holds() and holds()
+    weight.data.mul_(2)
+    assert holds()
+    rotary.inv_freq = rotary.inv_freq.clone()
+    assert not holds() and holds()
+    weight.data = weight.data.view(torch.float16)
+    assert not holds() and holds()
+
+
+def test_a_workspace_is_given_to_one_cache(hybrid):
+    """Also where a cache ends while another one looks for its workspace."""
+    decoder, space = fast_path.Decoder(), Workspace(hybrid, 1, 256)
+    pair = (space, weakref.ref(FastCache(hybrid, 9)))
+    decoder.spaces = [pair]
+    assert decoder._spare(2, 256) is None and decoder._spare(1, 256) is space and decoder._spare(1, 256) is None
+    assert decoder._drop(pair) is False
+
+
+def test_a_graph_is_captured_on_its_models_device(hybrid, monkeypatch):
+    """Whatever device is current: torch's own stream belongs to the first that was."""
+    captured = []
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+
+    def graph(recorded, **options):
+        captured.append(options["stream"].device)
+        return nullcontext()
+
+    cuda = dict(Stream=lambda device: SimpleNamespace(device=device, wait_stream=lambda other: None), graph=graph)
+    cuda |= dict(current_stream=lambda device: stream, stream=lambda entered: nullcontext(), CUDAGraph=object)
+    monkeypatch.setattr(torch, "cuda", SimpleNamespace(**cuda))
+    space = Workspace(hybrid, 1, 256)
+    space.length.tokens = 3  # on a CPU no further than that is read
+    with torch.no_grad():
+        space.record(hybrid, fast_path.mixer_step, fast_path.attention_step)
+    workspace.capture_stream.cache_clear()
+    assert captured == [hybrid.device] and space.graph is not None and space.length.tokens == 0
 
 
 @pytest.mark.parametrize("tokens", [1, 255, 256, 257, 4095, 4097, 33000, 131200])
