@@ -3,7 +3,7 @@
     python evaluate.py --student RUN/final --teacher MODEL --dataset_name FILE --tokens 100000
 
 prints a table, writes `evaluation.json` and `evaluation.png` into `--output_dir` (default: the student's folder),
-and with `--tasks` runs lm-evaluation-harness on the same checkpoint (`requirements-eval.txt`).
+and with `--tasks` or `--suite` runs lm-evaluation-harness on the same checkpoint (`requirements-eval.txt`).
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluation.card import write_into_card
-from evaluation.harness import harness_figures
+from evaluation.harness import SUITES, harness_figures, with_suite
 from evaluation.report import draw, print_table
 from flags.reading import HelpFormatter, Parser, device_name, real, whole
 from hub.hub_files import DataStreamLost
@@ -49,6 +49,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--speed_contexts", type=whole(1), nargs="+", default=[128, 1024], help="lengths of their prompts, in tokens")
     add("--speed_batches", type=whole(1), nargs="+", default=[1], help="rows generated at once for them")
     add("--tasks", nargs="*", default=[], help="lm-evaluation-harness tasks")
+    suites = "; ".join(f"{name}: {' '.join(tasks)}" for name, tasks in SUITES.items())
+    add("--suite", choices=list(SUITES), help=f"several tasks by one name, before those of --tasks ({suites})")
     add("--include_path", default="", help="lm-evaluation-harness: folder with more tasks (YAML)")
     add("--limit", type=real(0, above=True), help="lm-evaluation-harness: rows (or share of rows) a task")
     add("--device", type=device_name, default="cuda:0", help="cpu, cuda or cuda:N")
@@ -60,7 +62,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--output_dir", default="", help="where evaluation.json and evaluation.png go (default: the student's folder)"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.tasks = with_suite(args.tasks, args.suite)
+    return args
 
 
 def validate(args: argparse.Namespace) -> Path:
@@ -73,7 +77,8 @@ def validate(args: argparse.Namespace) -> Path:
         raise UserError(f"--student {args.student} is a run's folder; its model is {runs / 'final'}")
     check_folder_writable("--output_dir", output)
     if args.tasks and importlib.util.find_spec("lm_eval") is None:
-        raise UserError("--tasks needs lm-evaluation-harness: pip install -r requirements-eval.txt")
+        flag = "--suite" if args.suite else "--tasks"
+        raise UserError(f"{flag} needs lm-evaluation-harness: pip install -r requirements-eval.txt")
     if args.include_path and not Path(args.include_path).is_dir():
         raise UserError(f"--include_path {args.include_path}: no such folder")
     if not (args.tasks or measures_itself(args)):

@@ -12,6 +12,16 @@ from typing import Any
 
 from utils import UserError
 
+# Names for several tasks: what papers on such students report, as the harness calls it and with its own defaults.
+SUITES = {
+    "standard": ("arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande", "mmlu", "gsm8k", "ifeval"),
+}
+
+
+def with_suite(tasks: Sequence[str], suite: str | None) -> list[str]:
+    """The tasks of a suite, then those named beside it, each once."""
+    return list(dict.fromkeys([*(SUITES[suite] if suite else ()), *tasks]))
+
 
 def harness_figures(
     model: str,

@@ -166,12 +166,37 @@ def test_a_mistake_is_one_line_before_anything_slow(
     assert status == 2 and shown.count("\n") == 1 and shown.startswith("error: ") and wanted in shown
 
 
-def test_tasks_without_the_harness_are_one_line(student, tiny_teacher, capfd, monkeypatch):
+@pytest.mark.parametrize("asked", ["--tasks arc_easy", "--suite standard"])
+def test_tasks_without_the_harness_are_one_line(asked, student, tiny_teacher, capfd, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert evaluate.main(["--student", str(student), "--teacher", str(tiny_teacher), "--tasks", "arc_easy"]) == 2
+    assert evaluate.main(["--student", str(student), "--teacher", str(tiny_teacher), *asked.split()]) == 2
     assert capfd.readouterr().err == (
-        "error: --tasks needs lm-evaluation-harness: pip install -r requirements-eval.txt\n"
+        f"error: {asked.split()[0]} needs lm-evaluation-harness: pip install -r requirements-eval.txt\n"
     )
+
+
+STANDARD = "arc_easy arc_challenge hellaswag piqa winogrande mmlu gsm8k ifeval".split()
+
+
+@pytest.mark.parametrize(
+    ("flags", "tasks"),
+    [
+        ("", []),
+        ("--tasks piqa lambada_openai piqa", ["piqa", "lambada_openai"]),
+        ("--suite standard", STANDARD),
+        ("--tasks lambada_openai piqa --suite standard", [*STANDARD, "lambada_openai"]),
+    ],
+)
+def test_a_suite_stands_for_its_tasks(flags, tasks):
+    assert evaluate.parse(f"--student RUN --teacher MODEL {flags}".split()).tasks == tasks
+
+
+def test_a_suite_that_there_is_not_is_one_line(capfd):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.parse("--student RUN --teacher MODEL --suite hard".split())
+    shown = capfd.readouterr().err
+    assert stopped.value.code == 2 and shown.count("\n") == 1
+    assert shown.startswith("error: argument --suite: invalid choice: 'hard'") and "standard" in shown
 
 
 # recall
