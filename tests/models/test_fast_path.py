@@ -133,7 +133,8 @@ def test_a_long_prompt_is_read_in_parts(student, monkeypatch, part):
 def test_rows_that_end_early_are_as_if_alone(hybrid):
     """Rows end at tokens of their own, so that the batch goes on without them."""
     prompts = torch.randint(3, 512, (3, 9))
-    alone = [generate(hybrid, row[None], max_new_tokens=20).sequences[0, 9:] for row in prompts]
+    endless = dict(max_new_tokens=20, eos_token_id=-1)
+    alone = [generate(hybrid, row[None], **endless).sequences[0, 9:] for row in prompts]
     ends = [int(alone[0][4]), int(alone[1][11])]
     together = generate(hybrid, prompts, eos_token_id=ends, max_new_tokens=20).sequences[:, 9:]
     for row, found in zip(alone, together):
