@@ -105,6 +105,7 @@ def test_subset_holds_every_row_in_order(whole, repository):
     assert manifest["commit"] == COMMIT and manifest["complete"]
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(hub, whole, tmp_path):
     rng = random.Random(seed := random.SystemRandom().randrange(2**32))
     print(f"seed {seed}")
