@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arguments import Arguments, parse_arguments
-from utils import FROM_TEACHER, UserError, setup_logging
+from utils import FROM_TEACHER, UserError, existing_folder, setup_logging
 
 if TYPE_CHECKING:
     from text.text_sources import SourceSpec
@@ -77,9 +77,7 @@ def check_space(parts: list[Part]) -> None:
     """Raise `UserError` unless the text that is still missing fits on the cache's disk."""
     from huggingface_hub import constants
 
-    place = Path(constants.HF_HUB_CACHE).expanduser().absolute()
-    while not place.exists():
-        place = place.parent
+    place = existing_folder(Path(constants.HF_HUB_CACHE).expanduser())
     missing, free = sum(part.missing() for part in parts), shutil.disk_usage(place).free
     if missing + SPARE > free:
         raise UserError(

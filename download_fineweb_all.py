@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flags.reading import HelpFormatter, Parser, real, whole
-from utils import UserError, check_folder_writable, complain
+from utils import UserError, check_folder_writable, complain, existing_folder
 
 SPARE = 2**30  # bytes that stay free beside the mirror
 
@@ -76,10 +76,7 @@ def list_files(args: argparse.Namespace, patience: Any) -> tuple[str, list[Any]]
 def check_space(folder: Path, files: list[Any]) -> None:
     """Raise `UserError` unless what is still missing fits on the disk."""
     missing = sum(entry.size for entry in files if not is_there(folder, entry))
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing_folder(folder)).free
     if missing + SPARE > free:
         raise UserError(
             f"--output_dir {folder}: {missing / 2**30:.1f} GiB are still to come, {free / 2**30:.1f} GiB are free; "

@@ -18,8 +18,8 @@ from evaluation.card import write_into_card
 from evaluation.harness import SUITES, harness_figures, with_suite
 from evaluation.report import draw, print_table
 from flags.reading import HelpFormatter, Parser, device_name, real, whole
-from hub.hub_files import DataStreamLost
-from utils import UserError, check_folder_writable, complain, wait_passively
+from hub.hub_files import reading_status
+from utils import UserError, check_folder_writable, wait_passively
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -177,18 +177,10 @@ def own_figures(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    wait_passively(args.device)
-    try:
-        output = validate(args)
-        report = evaluate(args)
-    except UserError as error:
-        complain(str(error))
-        return 2
-    except DataStreamLost as error:
-        complain(str(error))
-        return 4
+def report_figures(args: argparse.Namespace) -> None:
+    """Check, measure, print, write."""
+    output = validate(args)
+    report = evaluate(args)
     print_table(report)
     output.mkdir(parents=True, exist_ok=True)
     (output / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -196,7 +188,12 @@ def main(argv: list[str] | None = None) -> int:
     carded = write_into_card(Path(args.student), report)
     card = f", {Path(args.student) / 'README.md'}" if carded else ""
     print(f"\nwritten: {output / 'evaluation.json'}, {output / 'evaluation.png'}{card}")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    wait_passively(args.device)
+    return reading_status(lambda: report_figures(args))
 
 
 if __name__ == "__main__":

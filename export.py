@@ -11,9 +11,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arguments import Parser, real
-from flags.reading import HelpFormatter
-from hub.hub_files import DataStreamLost
+from flags.reading import HelpFormatter, Parser, real
+from hub.hub_files import reading_status
 from serving.llama_cpp import EngineDiffers
 from utils import UserError, check_folder_writable, complain, wait_passively
 
@@ -68,6 +67,7 @@ def check_servable(config: "LlambaConfig", args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace) -> None:
     """Check, write, prove, and only then give the folder its name."""
+    validate(args)
     import torch
 
     from hub.model_files import fetch_model
@@ -135,18 +135,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     wait_passively()
     try:
-        validate(args)
-        export(args)
-    except UserError as error:
-        complain(str(error))
-        return 2
-    except DataStreamLost as error:
-        complain(str(error))
-        return 4
+        return reading_status(lambda: export(args))
     except EngineDiffers as error:
         complain(f"{error}; nothing is kept")
         return 1
-    return 0
 
 
 if __name__ == "__main__":

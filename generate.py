@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from flags.reading import HelpFormatter, Parser, device_name, real, whole
-from hub.hub_files import DataStreamLost
-from utils import UserError, complain, wait_passively
+from hub.hub_files import reading_status
+from utils import UserError, wait_passively
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -179,28 +179,25 @@ def talk(chat: Chat, asked: bool) -> None:
             chat.say(message)
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    wait_passively(args.device or "cpu")
-    try:
-        model, tokenizer = load(args)
-        from hardware.devices import seed_everything
+def converse(args: argparse.Namespace) -> None:
+    """Load the model, and answer a prompt or whoever writes."""
+    model, tokenizer = load(args)
+    from hardware.devices import seed_everything
 
-        if args.seed is not None:
-            seed_everything(args.seed)
-    except UserError as error:
-        complain(str(error))
-        return 2
-    except DataStreamLost as error:
-        complain(str(error))
-        return 4
+    if args.seed is not None:
+        seed_everything(args.seed)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     chat = Chat(model, tokenizer, args)
     if args.prompt:
         chat.say(args.prompt)
     else:
         talk(chat, sys.stdin.isatty())
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    wait_passively(args.device or "cpu")
+    return reading_status(lambda: converse(args))
 
 
 if __name__ == "__main__":

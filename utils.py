@@ -217,6 +217,14 @@ def auto_layers(layers: Sequence[int | str]) -> int | None:
     return next((int(entry[5:]) for entry in layers if isinstance(entry, str)), None)
 
 
+def existing_folder(path: Path) -> Path:
+    """The nearest folder at or above a path, absolute, that is there already."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
 def check_folder_writable(flag: str, folder: Path) -> None:
     """Raise a `UserError` unless files can be made in `folder`, which need not exist; leaves nothing behind."""
     existing = folder.absolute()

@@ -44,11 +44,14 @@ def recall_cells(
     tasks: Collection[str] = tuple(TASKS),
 ) -> Cells:
     """`count` questions for each of PAIR_TASKS and number of pairs, and for each task and length in tokens."""
+
+    def count_tokens(text: str) -> int:
+        return len(tokenizer(text).input_ids)
+
     cells = {f"{task}/{number}": recall_rows(task, number, count) for task in PAIR_TASKS for number in pairs}
     for task in tasks:
         for tokens in lengths:
-            measure = lambda text: len(tokenizer(text).input_ids)  # noqa: E731
-            cells[f"{task}@{tokens}"] = rows_of_length(task, tokens, count, measure)
+            cells[f"{task}@{tokens}"] = rows_of_length(task, tokens, count, count_tokens)
     return cells
 
 

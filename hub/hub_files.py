@@ -46,6 +46,19 @@ def exit_status(work: Callable[[], None]) -> int:
     return 0
 
 
+def reading_status(work: Callable[[], None]) -> int:
+    """Run a script that reads models or text: 0, or one line on stderr and 2 for a mistake, 4 for a lost network."""
+    try:
+        work()
+    except UserError as error:
+        complain(str(error))
+        return 2
+    except DataStreamLost as error:
+        complain(str(error))
+        return 4
+    return 0
+
+
 class Cancelled(RuntimeError):
     """The loader was closed while it waited for the network."""
 

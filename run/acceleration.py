@@ -15,6 +15,7 @@ from hardware.fp8 import check_fp8, quantise_teacher_fp8
 from hardware.ranks import Ranks
 from hardware.recomputation import set_activation_checkpointing
 from hardware.settings import StepSettings
+from loop.forms import MicroStep
 from models import LlambaForCausalLM
 from optim.build import build_optimizer
 from optim.moments import block_length
@@ -61,6 +62,11 @@ def accelerate(args: Arguments, models: Models, modes: str | Sequence[str]) -> N
         compile_layers(model)
 
 
+def kd_step(args: Arguments, models: Models) -> MicroStep:
+    """The KD stages' micro step; hard labels alone ask no teacher."""
+    return kd_micro_step(models.student_loss, models.teacher_states if args.kl_weight > 0 else None)
+
+
 def try_step(args: Arguments, models: Models) -> None:
     """Everything compiled, once, at the shapes of the run: the KD stages' own micro step, and an update.
 
@@ -70,7 +76,7 @@ def try_step(args: Arguments, models: Models) -> None:
     if not compiles(args):
         return
     log.info("compiling: a trial step ...")
-    micro_step = kd_micro_step(models.student_loss, models.teacher_states if args.kl_weight > 0 else None)
+    micro_step = kd_step(args, models)
 
     def step() -> None:
         micro_step(trial_batch(args, models.device), torch.ones((), device=models.device))

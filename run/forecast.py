@@ -20,7 +20,7 @@ from run.beginning import Beginning
 from run.inputs import Inputs
 from run.measuring import free_bytes, measured_rate
 from run.plan import sequence_length, tokens_a_step
-from utils import auto_layers, format_count, format_duration
+from utils import auto_layers, existing_folder, format_count, format_duration
 
 log = logging.getLogger(__name__)
 
@@ -142,10 +142,7 @@ class Forecast:
 
     def _disk(self) -> str:
         size, kept = self.checkpoints()
-        place = Path(self.args.output_dir).absolute()
-        while not place.exists():
-            place = place.parent
-        free = shutil.disk_usage(place).free
+        free = shutil.disk_usage(existing_folder(Path(self.args.output_dir))).free
         short = "" if free > size * (kept + 1) else ": too little, lower --keep_checkpoints or free some"
         return f"disk: at most {kept} checkpoints of {bytes_text(size)}; {bytes_text(free)} free{short}"
 

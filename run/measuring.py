@@ -9,7 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from arguments import Arguments
-from distill.distillation import kd_micro_step
 from hardware.devices import default_dtype
 from hardware.memory import MemoryEstimate
 from hardware.meta_models import replaced_layers
@@ -20,7 +19,7 @@ from models import LlambaForCausalLM
 from optim.build import build_optimizer
 from optim.step import clip_and_step
 from optim.update_in_backward import UpdateInBackward
-from run.acceleration import compiles, trial_batch
+from run.acceleration import compiles, kd_step, trial_batch
 from run.build import assemble, freeze_as_asked
 from run.inputs import Inputs
 from run.pair import Models
@@ -76,7 +75,7 @@ def _timed(args: Arguments, models: Models) -> float:
     )
     if args.update_in_backward:
         optimizer = UpdateInBackward(optimizer, args.grad_clip)  # type: ignore[assignment]
-    micro_step = kd_micro_step(models.student_loss, models.teacher_states if args.kl_weight > 0 else None)
+    micro_step = kd_step(args, models)
     batch, taken = trial_batch(args, models.device), []
     scale = torch.ones((), device=models.device) / (args.batch_size * args.seq_length)
     for _ in range(STEPS):

@@ -5,7 +5,7 @@ from torch import nn
 
 from arguments import Arguments
 from data import TextLoader
-from distill.distillation import StudentLoss, kd_micro_step
+from distill.distillation import StudentLoss
 from distill.mohawk import AlignmentMicroStep, trained_mixers
 from hardware.cuda_graphs import CapturedMicroStep
 from hardware.parallel import average_gradients, widen_gradients
@@ -15,7 +15,7 @@ from loop.gradient_check import without_gradient
 from optim.build import build_optimizer
 from optim.schedule import Phases, build_schedule
 from optim.update_in_backward import UpdateInBackward
-from run.acceleration import captures, compiles
+from run.acceleration import captures, compiles, kd_step
 from run.build import Models, distribute
 from run.plan import sequence_length
 
@@ -110,6 +110,4 @@ def distillation(args: Arguments, models: Models, parallel: str) -> tuple[MicroS
     """(micro step, what it trains) of the KD stages."""
     if type(models.student_loss) is StudentLoss:  # neither DDP's nor, by FSDP2's subclass, sharded yet
         distribute(args, models, parallel)
-    return kd_micro_step(
-        models.student_loss, models.teacher_states if args.kl_weight > 0 else None
-    ), models.student_loss
+    return kd_step(args, models), models.student_loss
